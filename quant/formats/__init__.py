@@ -1,0 +1,1 @@
+"""The `quantization_config` of config.json, in the words of each library that writes one."""

@@ -1,0 +1,71 @@
+"""Round to nearest, with a searched clip: of a few scales for each group, the one with the least error."""
+
+from dataclasses import dataclass
+
+import torch
+
+RATIOS = tuple(1 - 0.05 * step for step in range(12))
+"""How much of a group's range the codes cover: all of it, down to 45 %, clipping what lies beyond. The relative
+error of SmolLM2 at 4 bits and group 64 is 0.0989 with the first alone, 0.0917 with these, and 0.0907 with 40
+from 110 % to 20 %."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """`w ≈ (codes − zeros) · scales`.
+
+    codes: (rows, in_features) int8. scales: (rows, n_groups). zeros: (rows, n_groups) int8; None for all 0.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def round_to_nearest(
+    weight: torch.Tensor, *, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> Codes:
+    """Codes for rows of a weight (rows, in_features) float32; `group_size` divides in_features.
+
+    Scales are rounded to `scale_dtype` before codes are chosen for them. A symmetric group's scale has the
+    sign that puts the value of largest magnitude on the code −2^(bits−1), since there is one code more on
+    that side: with positive scales only, the 0.0917 above would be 0.0973.
+    """
+    groups = weight.view(weight.shape[0], -1, group_size)
+    lowest, highest = groups.aminmax(dim=-1, keepdim=True)
+    errors = torch.full_like(lowest, torch.inf)
+    scales, zeros = torch.ones_like(lowest), torch.zeros_like(lowest)
+    scratch = torch.empty_like(groups)
+    for ratio in RATIOS:
+        scale, zero = _grid(lowest * ratio, highest * ratio, bits, symmetric, scale_dtype)
+        _round(groups, scale, zero, bits, out=scratch).sub_(zero).mul_(scale).sub_(groups)
+        error = torch.linalg.vector_norm(scratch, dim=-1, keepdim=True)
+        better = error < errors
+        errors = torch.where(better, error, errors)
+        scales = torch.where(better, scale, scales)
+        zeros = torch.where(better, zero, zeros)
+    codes = _round(groups, scales, zeros, bits, out=scratch).to(torch.int8).flatten(1)
+    return Codes(codes, scales[..., 0].to(scale_dtype), None if symmetric else zeros[..., 0].to(torch.int8))
+
+
+def _grid(
+    lowest: torch.Tensor, highest: torch.Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (as `scale_dtype` has it, never 0) and zero point of codes that cover lowest … highest, and 0."""
+    q_min, q_max = -(1 << bits - 1), (1 << bits - 1) - 1
+    tiny = torch.finfo(scale_dtype).tiny
+    if symmetric:
+        scale = torch.where(-lowest > highest, lowest, highest) / q_min
+        scale = torch.where(scale.abs() < tiny, tiny, scale).to(scale_dtype).float()
+        return scale, torch.zeros_like(scale)
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    scale = ((highest - lowest) / (q_max - q_min)).clamp(min=tiny).to(scale_dtype).float()
+    return scale, (q_min - lowest / scale).round().clamp(q_min, q_max)
+
+
+def _round(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, *, out: torch.Tensor
+) -> torch.Tensor:
+    """The nearest codes, as floats: `clamp(round(w / scale + zero))`."""
+    torch.mul(groups, scale.reciprocal(), out=out)
+    return out.add_(zero).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)

@@ -1,0 +1,92 @@
+"""Writing a safetensors file one tensor at a time, so that it never is in memory as a whole.
+
+The safetensors library writes a dictionary of tensors at once. The format is simple: an 8-byte little-endian
+length, a JSON header of that length with name, dtype, shape and place of each tensor, then the data without gaps.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from quant.tensors import TensorSpec
+
+_ALIGNMENT = 8
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def file_size_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """The exact size of a file with these tensors."""
+    return len(_header(_offsets(specs), specs)) + sum(spec.nbytes for spec in specs.values())
+
+
+class SafetensorsWriter:
+    """A new file whose tensors are written in any order; a context manager, to close it.
+
+    Raises:
+        OSError: the file exists, or cannot be written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self._specs = dict(specs)
+        self._offsets = _offsets(specs)
+        self._missing = set(specs)
+        header = _header(self._offsets, specs)
+        self._data_start = len(header)
+        self._file = path.open("xb")
+        self._file.write(header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor, which has the shape and dtype that were announced."""
+        spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        assert spec == self._specs[name], f"{name}: {spec} is not the announced {self._specs[name]}"
+        self._file.seek(self._data_start + self._offsets[name])
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._missing.discard(name)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        assert error is not None or not self._missing, f"never written: {sorted(self._missing)}"
+
+
+def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Where each tensor's data begin. Wide dtypes come first, so that every tensor is aligned to its own width."""
+    offsets, end = {}, 0
+    for name in sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)):
+        offsets[name] = end
+        end += specs[name].nbytes
+    return offsets
+
+
+def _header(offsets: Mapping[str, int], specs: Mapping[str, TensorSpec]) -> bytes:
+    """Length and JSON, filled with spaces so that the data are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, start in offsets.items():
+        spec = specs[name]
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.nbytes],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text

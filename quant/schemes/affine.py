@@ -1,0 +1,147 @@
+"""int4 and int8: `w = (q − zero) · scale` with a scale for each group of columns or for each row.
+
+Stored in compressed-tensors' `pack-quantized` format: docs/format.md has the tensors and their bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from quant.errors import IntegrityError, MistralError
+from quant.linear import QuantizedLinear
+from quant.methods.rtn import round_to_nearest
+from quant.ops import dequantize, int4_matmul, int8_matmul
+from quant.packing import pack_codes, pack_zeros, unpack_zeros, words
+from quant.tensors import TensorSpec
+
+GROUP_SIZES = (128, 64, 32)
+TILE_WEIGHTS = 1 << 19
+"""Weights quantized at once: 2 MB of float32 and a scratch copy. An eighth of it takes half as long again."""
+
+_MATMULS = {4: int4_matmul, 8: int8_matmul}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`bits`: 4 or 8. `group_size`: how many columns share a scale; None for whole rows, "per channel"."""
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in _MATMULS:
+            raise MistralError(f"{self.bits}-bit weights are not supported, only 4 and 8 bits")
+        if self.group_size is not None and (self.group_size < 1 or self.group_size * self.bits % 8):
+            raise MistralError(f"groups of {self.group_size} weights of {self.bits} bits are not supported")
+
+    @property
+    def name(self) -> str:
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def max_error(self) -> float:
+        """The relative error that a sound weight stays below: 0.08–0.13 and 0.006–0.01 are usual."""
+        return 0.30 if self.bits == 4 else 0.05
+
+    def for_in_features(self, in_features: int) -> "Affine":
+        """The scheme that a layer gets: a group size that does not divide its in_features gives way.
+
+        The largest of 128, 64 and 32 that is smaller and divides them takes its place, else one for the row.
+        """
+        if self.group_size is None or in_features % self.group_size == 0:
+            return self
+        fitting = (size for size in GROUP_SIZES if size < self.group_size and in_features % size == 0)
+        return replace(self, group_size=next(fitting, None))
+
+    def specs(self, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """The stored tensors of a weight (out_features, in_features) of a model in `dtype`, by suffix."""
+        n_groups = 1 if self.group_size is None else in_features // self.group_size
+        specs = {
+            "weight_packed": TensorSpec((out_features, words(in_features, self.bits)), torch.int32),
+            "weight_scale": TensorSpec((out_features, n_groups), dtype),
+            "weight_shape": TensorSpec((2,), torch.int64),
+        }
+        if not self.symmetric:
+            specs["weight_zero_point"] = TensorSpec((words(out_features, self.bits), n_groups), torch.int32)
+        return specs
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The stored tensors of a weight, by suffix; it is read a tile of rows at a time."""
+        out_features, in_features = weight.shape
+        stored = {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype)
+            for suffix, spec in self.specs(out_features, in_features, dtype).items()
+        }
+        zeros = torch.empty(stored["weight_scale"].shape, dtype=torch.int8)
+        tile_rows = max(1, TILE_WEIGHTS // in_features)
+        for start in range(0, out_features, tile_rows):
+            rows = slice(start, start + tile_rows)
+            tile = round_to_nearest(
+                weight[rows].float(),
+                bits=self.bits,
+                group_size=self.group_size or in_features,
+                symmetric=self.symmetric,
+                scale_dtype=dtype,
+            )
+            stored["weight_packed"][rows] = pack_codes(tile.codes, self.bits)
+            stored["weight_scale"][rows] = tile.scales
+            if tile.zeros is not None:
+                zeros[rows] = tile.zeros
+        stored["weight_shape"] = torch.tensor([out_features, in_features])
+        if not self.symmetric:
+            stored["weight_zero_point"] = pack_zeros(zeros, self.bits)
+        return stored
+
+    def linear(self, in_features: int, out_features: int) -> "AffineLinear":
+        """An empty layer; IntegrityError where the groups do not divide in_features."""
+        if self.group_size is not None and in_features % self.group_size:
+            raise IntegrityError(
+                f"groups of {self.group_size} weights do not divide {in_features} in_features"
+            )
+        return AffineLinear(self, in_features, out_features)
+
+
+class AffineLinear(QuantizedLinear):
+    """Keeps the packed weight as it is stored, viewed as bytes, and the zero points as int8."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(self, scheme: Affine, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scheme = scheme
+        for name in ("qweight", "scales", "zeros"):
+            self.register_buffer(name, None, persistent=False)
+
+    def stored(self) -> dict[str, tuple[int, ...]]:
+        specs = self.scheme.specs(self.out_features, self.in_features, torch.bfloat16)
+        return {suffix: spec.shape for suffix, spec in specs.items()}
+
+    def load_stored(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._check(tensors)
+        self.qweight = tensors["weight_packed"].view(torch.uint8).to(device)
+        self.scales = tensors["weight_scale"].to(device)
+        if not self.scheme.symmetric:
+            zeros = unpack_zeros(tensors["weight_zero_point"], self.scheme.bits, self.out_features)
+            self.zeros = zeros.to(device)
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        shape, expected = tensors["weight_shape"].tolist(), [self.out_features, self.in_features]
+        if shape != expected:
+            raise IntegrityError(f"weight_shape is {shape} where the configuration asks for {expected}")
+        for suffix in tensors.keys() & {"weight_packed", "weight_zero_point"}:
+            if tensors[suffix].dtype != torch.int32:
+                raise IntegrityError(f"{suffix} is stored as {tensors[suffix].dtype}, not as torch.int32")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _MATMULS[self.scheme.bits](x, self.qweight, self.scales, self.zeros)
+        return y
+
+    def dense_rows(self, start: int, stop: int) -> torch.Tensor:
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        rows = slice(start, stop)
+        return dequantize(self.qweight[rows], self.scales[rows], zeros, self.in_features, self.scheme.bits)

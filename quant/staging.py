@@ -1,0 +1,86 @@
+"""A directory that appears complete or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quant.errors import DiskError, UsageError
+
+PARTIAL = ".partial"
+CARD = "quantization_card.json"
+"""Every build has one: what lacks it is never replaced."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[Path]:
+    """Yield a new directory, `destination` + ".partial", which takes its place on leaving without an error.
+
+    On an error it is removed. A process that is killed leaves it; the next one for this destination removes it.
+
+    Raises:
+        UsageError: the destination exists, and `replace` is off or it is no build.
+        DiskError: there is no room for `needed_bytes`, or something cannot be written.
+    """
+    if destination.exists() and not (replace and (destination / CARD).is_file()):
+        hint = "choose another name, or replace it with --force"
+        raise UsageError(f"{destination} exists already", "choose another name" if replace else hint)
+    partial = destination.with_name(destination.name + PARTIAL)
+    with _disk_errors(destination, needed_bytes):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            if free_bytes(partial) < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield partial
+            _put_in_place(partial, destination)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def free_bytes(directory: Path) -> int:
+    """What an ordinary user may still write to the disk of `directory`."""
+    return shutil.disk_usage(directory).free
+
+
+@contextmanager
+def _disk_errors(destination: Path, needed_bytes: int) -> Iterator[None]:
+    """Failures to write, as DiskError with the numbers."""
+    try:
+        yield
+    except OSError as error:
+        existing = next(parent for parent in destination.absolute().parents if parent.exists())
+        if error.errno in _FULL:
+            raise DiskError(
+                f"no room for {destination}: {needed_bytes:,} bytes are needed, {free_bytes(existing):,} are free "
+                f"({error.strerror})",
+                "make room on that disk, or choose a directory on another with -o",
+            ) from error
+        raise DiskError(f"{destination} cannot be written: {error}") from error
+
+
+def _put_in_place(partial: Path, destination: Path) -> None:
+    """Make `partial` durable and rename it; a build that it replaces is removed last."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    replaced = destination.with_name(f"{destination.name}.replaced{PARTIAL}")
+    if destination.exists():
+        destination.rename(replaced)
+    partial.rename(destination)
+    _sync(destination.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,201 @@
+"""The rolling-buffer KV cache: position p lives in slot p mod capacity.
+
+A layer with a sliding window needs only the last `sliding_window` positions, so its buffer is a ring of
+`sliding_window + slack − 1` slots (Jiang et al. 2023, "Mistral 7B", section 2). `slack` is how many positions
+may be written before they are attended to: a longer chunk goes through write-then-attend in pieces of at most
+`slack`. A layer without a window gets one slot for each position.
+
+Which position a slot holds follows from the last written position alone, and so does every mask: there is no
+case for a ring that is "full" or has "wrapped".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mistralcli.config import ModelConfig
+from mistralcli.device import is_out_of_memory
+from mistralcli.errors import NotEnoughMemoryError
+
+DEFAULT_SLACK = 512
+GROWTH_SLOTS = 1024
+"""On the CPU a buffer grows by this many slots, so that a short conversation takes little of a long context."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where positions live and what queries see; shared by all layers with the same window."""
+
+    capacity: int
+    sliding_window: int | None
+
+    @staticmethod
+    def of(sliding_window: int | None, max_seq_len: int, slack: int) -> "Ring":
+        if sliding_window is None:
+            return Ring(max_seq_len, None)
+        return Ring(min(max_seq_len, sliding_window + slack - 1), sliding_window)
+
+    def held(self, last: torch.Tensor, n_slots: int) -> torch.Tensor:
+        """The position that each slot holds when `last` (n_seqs,) was written last: (n_seqs, n_slots), < 0 is empty."""
+        slots = torch.arange(n_slots, device=last.device)
+        return last[:, None] - (last[:, None] - slots) % self.capacity
+
+    def visible(self, positions: torch.Tensor, last: torch.Tensor, n_slots: int) -> torch.Tensor:
+        """Which slots each query sees: `position − sliding_window < held ≤ position`, (n_seqs, n_tokens, n_slots) bool.
+
+        positions: (n_seqs, n_tokens), −1 for padding, which sees nothing.
+        """
+        held, query = self.held(last, n_slots)[:, None, :], positions[:, :, None]
+        seen = (held >= 0) & (held <= query)
+        return seen if self.sliding_window is None else seen & (held > query - self.sliding_window)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One write-then-attend step: at most `slack` tokens of a chunk.
+
+    `sequence` and `token` index the tokens that are no padding; `slots` and `visible` are by ring.
+    """
+
+    tokens: slice
+    sequence: torch.Tensor
+    token: torch.Tensor
+    slots: dict[Ring, torch.Tensor]
+    visible: dict[Ring, torch.Tensor]
+
+
+class LayerCache:
+    """Keys and values of one layer, each (n_seqs, n_kv_heads, allocated slots, head_dim)."""
+
+    def __init__(self, ring: Ring, keys: torch.Tensor) -> None:
+        self.ring = ring
+        self.keys = keys
+        self.values = torch.zeros_like(keys)
+
+    def reserve(self, n_slots: int) -> None:
+        """Make room for `n_slots` slots, keeping what is there. No position has wrapped while a buffer still grows."""
+        missing = n_slots - self.keys.shape[2]
+        if missing > 0:
+            padding = (0, 0, 0, missing)
+            self.keys = torch.nn.functional.pad(self.keys, padding)
+            self.values = torch.nn.functional.pad(self.values, padding)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
+        """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
+        slots = piece.slots[self.ring]
+        self.keys[piece.sequence, :, slots] = k[piece.sequence, piece.token].to(self.keys.dtype)
+        self.values[piece.sequence, :, slots] = v[piece.sequence, piece.token].to(self.values.dtype)
+
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values of the slots in use, and which of them each query sees."""
+        visible = piece.visible[self.ring]
+        n_slots = visible.shape[-1]
+        return self.keys[:, :, :n_slots], self.values[:, :, :n_slots], visible
+
+
+class KVCache:
+    """The caches of all layers and, for each sequence, the last position written."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_seq_len: int,
+        n_seqs: int = 1,
+        slack: int = DEFAULT_SLACK,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Room for `max_seq_len` positions of each sequence, reserved at once except on the CPU, where it grows.
+
+        Raises:
+            NotEnoughMemoryError: the device has no room for it.
+        """
+        self.slack = slack
+        self.max_seq_len = max_seq_len
+        self.last = torch.full((n_seqs,), -1, dtype=torch.int64, device=device)
+        self._grows = torch.device(device).type == "cpu"
+        rings = [Ring.of(window, max_seq_len, slack) for window in config.sliding_windows]
+        self.rings = tuple(dict.fromkeys(rings))
+        try:
+            self.layers = [
+                LayerCache(ring, torch.zeros(self._shape(config, ring), dtype=dtype, device=device))
+                for ring in rings
+            ]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = cache_size_bytes(config, max_seq_len, n_seqs=n_seqs, slack=slack, dtype=dtype)
+            raise NotEnoughMemoryError(
+                f"a cache for {max_seq_len} positions ({size / 1e9:.2f} GB) does not fit on {device}",
+                "ask for a shorter context with --ctx",
+            ) from error
+
+    def _shape(self, config: ModelConfig, ring: Ring) -> tuple[int, int, int, int]:
+        n_slots = 0 if self._grows else ring.capacity
+        return (len(self.last), config.n_kv_heads, n_slots, config.head_dim)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are allocated now."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def begin(self, positions: torch.Tensor) -> list[Piece]:
+        """Make room for a chunk and say how its tokens are written and what they see, in pieces.
+
+        positions: (n_seqs, n_tokens), one after the other in each sequence, −1 for padding. `last` moves on at
+        once: a chunk that is interrupted counts as written, so that `can_rewind` stays on the safe side.
+        """
+        n_positions = int(positions.max()) + 1
+        assert n_positions <= self.max_seq_len, f"position {n_positions - 1} in a cache of {self.max_seq_len}"
+        self._reserve(n_positions)
+        starts = range(0, positions.shape[1], self.slack)
+        return [self._piece(positions, slice(start, start + self.slack)) for start in starts]
+
+    def _reserve(self, n_positions: int) -> None:
+        if self._grows:
+            wanted = -(-n_positions // GROWTH_SLOTS) * GROWTH_SLOTS
+            for layer in self.layers:
+                layer.reserve(min(layer.ring.capacity, wanted))
+
+    def _piece(self, positions: torch.Tensor, tokens: slice) -> Piece:
+        mine = positions[:, tokens]
+        self.last = torch.maximum(self.last, mine.amax(dim=1))
+        sequence, token = (mine >= 0).nonzero(as_tuple=True)
+        n_positions = int(self.last.max()) + 1
+        return Piece(
+            tokens,
+            sequence,
+            token,
+            {ring: mine[sequence, token] % ring.capacity for ring in self.rings},
+            {ring: ring.visible(mine, self.last, min(n_positions, ring.capacity)) for ring in self.rings},
+        )
+
+    def can_rewind(self, n_positions: int) -> bool:
+        """Whether every slot that position `n_positions` and later will look at still holds what it needs."""
+        last = int(self.last.max())
+        return all(last < max(ring.capacity, n_positions + self.slack) for ring in self.rings)
+
+    def rewind(self, n_positions: int) -> None:
+        """Forget all positions from `n_positions` on; 0 is always possible, else `can_rewind` must hold."""
+        assert n_positions == 0 or self.can_rewind(n_positions)
+        self.last.clamp_(max=n_positions - 1)
+
+
+def cache_size_bytes(
+    config: ModelConfig,
+    max_seq_len: int,
+    *,
+    n_seqs: int = 1,
+    slack: int = DEFAULT_SLACK,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes of a cache that is full: what `mistral show` prints and a KVCache grows to."""
+    slots = sum(Ring.of(window, max_seq_len, slack).capacity for window in config.sliding_windows)
+    return 2 * n_seqs * slots * config.n_kv_heads * config.head_dim * dtype.itemsize
+
+
+def n_slots_by_layer(config: ModelConfig, max_seq_len: int, slack: int = DEFAULT_SLACK) -> Sequence[int]:
+    """The capacity of each layer's buffer."""
+    return [Ring.of(window, max_seq_len, slack).capacity for window in config.sliding_windows]

@@ -1,0 +1,180 @@
+"""Token ids in, token ids out: chunked pre-fill, decoding, and a cache that is kept between calls."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
+
+import torch
+
+from mistralcli.cache import DEFAULT_SLACK, KVCache
+from mistralcli.device import is_out_of_memory
+from mistralcli.errors import ContextOverflowError, NotEnoughMemoryError
+from mistralcli.model import Transformer
+
+FinishReason = Literal["stop", "length"]
+ChooseToken = Callable[[torch.Tensor, Sequence[int]], int]
+"""A sampler: logits (vocab_size,) and the ids so far to the next id."""
+
+
+class Engine:
+    """A model with its cache. It knows token ids only.
+
+    `token_ids` is what the cache holds of the first sequence: a prompt that begins with the same ids is
+    pre-filled from where it differs.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_seq_len: int,
+        chunk: int,
+        slack: int = DEFAULT_SLACK,
+        n_seqs: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`max_seq_len` positions for each of `n_seqs` sequences; prompts go through in chunks of `chunk` tokens.
+
+        Raises:
+            NotEnoughMemoryError: the device has no room for the cache.
+        """
+        assert chunk >= 1 and slack >= 1 and max_seq_len >= 1
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.chunk = chunk
+        self.device = torch.device(device)
+        self.cache = KVCache(
+            model.config,
+            max_seq_len=max_seq_len,
+            n_seqs=n_seqs,
+            slack=slack,
+            dtype=model.dtype,
+            device=device,
+        )
+        self.token_ids: list[int] = []
+
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        choose: ChooseToken,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        max_tokens: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Generator[int, None, FinishReason]:
+        """Yield the completion id by id; returns why it ended. A stop id ends it and is not yielded.
+
+        `on_prefill` is called after each chunk with the prompt tokens done so far and in all. Closing the
+        generator, or an exception in the midst of it, leaves the cache usable.
+
+        Raises:
+            ContextOverflowError: the prompt leaves no room for one token.
+        """
+        self.require_room(len(token_ids))
+        so_far = list(token_ids)
+        room = self.max_seq_len - len(so_far)
+        logits = self._prefill_new(so_far, on_prefill)
+        for n_left in range(room if max_tokens is None else min(room, max_tokens), 0, -1):
+            token_id = choose(logits, so_far)
+            if token_id in stop_ids:
+                return "stop"
+            so_far.append(token_id)
+            yield token_id
+            if n_left > 1:
+                logits = self._extend([token_id])
+        return "length"
+
+    def require_room(self, n_tokens: int) -> None:
+        """Raise ContextOverflowError, with the numbers, unless a prompt leaves room for one token."""
+        if n_tokens >= self.max_seq_len:
+            raise ContextOverflowError(
+                f"the prompt has {n_tokens} tokens, and a context of {self.max_seq_len} leaves no room for an answer",
+                f"shorten it by {n_tokens - self.max_seq_len + 1} tokens or more, or ask for a longer --ctx",
+            )
+        assert n_tokens >= 1, "an empty prompt has no next token"
+
+    def n_reusable(self, token_ids: Sequence[int]) -> int:
+        """How many leading ids of a prompt are in the cache and can stay; the last id is always run again."""
+        n_common = 0
+        for mine, theirs in zip(self.token_ids, token_ids[:-1], strict=False):
+            if mine != theirs:
+                break
+            n_common += 1
+        return n_common if self.cache.can_rewind(n_common) else 0
+
+    def _prefill_new(
+        self, token_ids: list[int], on_prefill: Callable[[int, int], None] | None
+    ) -> torch.Tensor:
+        """Run what the cache does not hold yet, and return the logits after the last id: (vocab_size,)."""
+        n_done = self.n_reusable(token_ids)
+        self.cache.rewind(n_done)
+        del self.token_ids[n_done:]
+        while n_done < len(token_ids):
+            logits = self._extend(token_ids[n_done : n_done + self.chunk])
+            n_done = len(self.token_ids)
+            if on_prefill is not None:
+                on_prefill(n_done, len(token_ids))
+        return logits
+
+    def _extend(self, token_ids: list[int]) -> torch.Tensor:
+        """Append ids to the only sequence; logits after the last: (vocab_size,)."""
+        start = len(self.token_ids)
+        positions = torch.arange(start, start + len(token_ids))[None]
+        hidden = self._forward(torch.tensor([token_ids]), positions)
+        self.token_ids.extend(token_ids)
+        return self._logits(hidden[0, -1])
+
+    @torch.no_grad()
+    def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        try:
+            hidden: torch.Tensor = self.model(
+                token_ids.to(self.device), positions.to(self.device), self.cache
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemoryError(
+                f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
+                "ask for a shorter --ctx or a smaller --chunk, or close other programs",
+            ) from error
+        return hidden
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(hidden)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Start afresh with one prompt for each sequence, of any lengths; logits after each: (n_seqs, vocab_size).
+
+        Raises:
+            ContextOverflowError: a prompt leaves no room for one token.
+        """
+        assert len(prompts) == len(self.cache.last), (
+            f"{len(prompts)} prompts for {len(self.cache.last)} sequences"
+        )
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        for n_tokens in lengths.tolist():
+            self.require_room(n_tokens)
+        self.cache.rewind(0)
+        self.token_ids = []
+        last_hidden: list[torch.Tensor | None] = [None] * len(prompts)
+        for start in range(0, int(lengths.max()), self.chunk):
+            stop = min(start + self.chunk, int(lengths.max()))
+            positions = torch.arange(start, stop).repeat(len(prompts), 1)
+            positions = positions.masked_fill(positions >= lengths[:, None], -1)
+            hidden = self._forward(_padded(prompts, start, stop), positions)
+            for i, n_tokens in enumerate(lengths.tolist()):
+                if start < n_tokens <= stop:
+                    last_hidden[i] = hidden[i, n_tokens - 1 - start]
+        return self._logits(torch.stack([row for row in last_hidden if row is not None]))
+
+    def step(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Append one id to each sequence; logits after it: (n_seqs, vocab_size)."""
+        positions = (self.cache.last + 1)[:, None]
+        hidden = self._forward(torch.tensor(token_ids)[:, None], positions)
+        return self._logits(hidden[:, 0])
+
+
+def _padded(prompts: Sequence[Sequence[int]], start: int, stop: int) -> torch.Tensor:
+    """Columns start … stop of the prompts, short ones filled with id 0: (n_seqs, stop − start)."""
+    rows = [list(prompt[start:stop]) for prompt in prompts]
+    return torch.tensor([row + [0] * (stop - start - len(row)) for row in rows])

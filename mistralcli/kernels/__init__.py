@@ -1,0 +1,1 @@
+"""Kernels that stand in for the reference operators of `mistralcli.ops`."""

@@ -1,0 +1,71 @@
+"""The operators of the model as plain PyTorch: each is the definition that its kernels are tested against.
+
+Dimension names: n_seqs sequences of n_tokens tokens; n_heads query heads and n_kv_heads key/value heads of
+head_dim; n_slots slots of the cache.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from quant.registry import op
+
+
+@op()
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x²) + eps) · weight`, computed in float32 (Zhang & Sennrich 2019, section 3).
+
+    x: (..., dim); weight: (dim,). Returns x's shape and dtype.
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of `position · theta^(−2i/head_dim)` for i < head_dim/2 (Su et al. 2021, section 3.2.2).
+
+    positions: (n_seqs, n_tokens). Returns two float32 tensors (n_seqs, n_tokens, head_dim / 2). The angles are
+    float64, since a float32 angle at position 128k is off by up to 0.008 radians.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angles = positions.to(torch.float64)[..., None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+@op()
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + head_dim/2]) by their angles: the "rotate-half" pairing of Hugging Face's weights.
+
+    x: (n_seqs, n_tokens, n_heads, head_dim); cos, sin: (n_seqs, n_tokens, head_dim / 2). Returns x's shape and
+    dtype; the rotation is computed in float32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]  # (n_seqs, n_tokens, 1, head_dim / 2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+@op(cpu="mistralcli.kernels.sdpa:attention", cuda="mistralcli.kernels.sdpa:attention")
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """`softmax(q kᵀ / sqrt(head_dim)) v` over the visible slots, n_heads / n_kv_heads query heads to a key head.
+
+    Grouped-query attention (Ainslie et al. 2023) with multi-head (n_kv_heads = n_heads) and multi-query
+    (n_kv_heads = 1) as its special cases.
+
+    q: (n_seqs, n_heads, n_tokens, head_dim); k, v: (n_seqs, n_kv_heads, n_slots, head_dim); visible:
+    (n_seqs, n_tokens, n_slots) bool. Returns q's shape and dtype; scores and softmax are float32. A query that
+    sees nothing (padding) gets zeros.
+    """
+    n_kv_heads, head_dim = k.shape[1], q.shape[-1]
+    grouped = q.float().unflatten(1, (n_kv_heads, -1))
+    # grouped: (n_seqs, n_kv_heads, group, n_tokens, head_dim); scores: (…, group, n_tokens, n_slots)
+    scores: torch.Tensor = grouped @ k.float()[:, :, None].mT / math.sqrt(head_dim)
+    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
+    return (weights @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
+
+
+@op()
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) · up` (Shazeer 2020). Both (..., hidden_dim); returns the same shape and dtype."""
+    return F.silu(gate) * up

@@ -1,0 +1,94 @@
+"""From logits to the next token id: temperature, top-k, top-p, min-p, repetition penalty, seed."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mistralcli.errors import IntegrityError, UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalty 1 do nothing.
+
+    Raises:
+        UsageError: a value is out of its range, which is named.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        _require("repeat_penalty", self.repeat_penalty, 0 < self.repeat_penalty < math.inf, "above 0")
+        _require("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+
+
+def _require(name: str, value: object, good: bool, what: str) -> None:
+    if not good:
+        raise UsageError(f"{name} is {value}; it must be {what}")
+
+
+class Sampler:
+    """A seeded chooser of tokens: call it with logits and the ids so far.
+
+    The order is Hugging Face's: penalty, temperature, top-k, top-p, min-p. It draws on the CPU, so that a seed
+    gives the same tokens on every device that gives the same logits.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self.seed = params.seed if params.seed is not None else secrets.randbelow(2**31)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """The next id. logits: (vocab_size,) float32; `token_ids` are the prompt's and completion's so far.
+
+        Raises:
+            IntegrityError: a logit is not a number: the weights are damaged or the type is too narrow.
+        """
+        logits = logits.float().cpu()
+        if logits.isnan().any():
+            raise IntegrityError(
+                "the model's output is not a number", "its weights may be damaged, or try --dtype float32"
+            )
+        if self.params.repeat_penalty != 1.0:
+            logits = penalize(logits, token_ids, self.params.repeat_penalty)
+        if self.params.temperature == 0:
+            return int(logits.argmax())
+        probabilities = truncate(logits / self.params.temperature, self.params).softmax(-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def penalize(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> torch.Tensor:
+    """Make the ids that have occurred less likely: divide positive logits, multiply negative (Keskar et al. 2019)."""
+    seen = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Put −inf where top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) leave a token out.
+
+    The likeliest token always stays. logits: (vocab_size,).
+    """
+    if 0 < params.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
+        logits = logits.index_fill(0, order[before >= params.top_p], -math.inf)
+    if params.min_p > 0:
+        logits = logits.masked_fill(logits < logits.max() + math.log(params.min_p), -math.inf)
+    return logits

@@ -1,0 +1,323 @@
+"""Weights from disk to a model: Hugging Face's layout or Mistral's own, memory-mapped, one tensor at a time."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mistralcli.config import ModelConfig, read_config, read_json
+from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
+from mistralcli.model import LinearFactory, Transformer, dense_linear
+from quant.linear import QuantizedLinear
+from quant.scheme import schemes_of
+from quant.tensors import TensorSpec
+
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes loaded so far and in all."""
+
+_TOP_LEVEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def hugging_face_name(module: str) -> str:
+    """The name in a Hugging Face checkpoint of a module of `Transformer`."""
+    if module in _TOP_LEVEL:
+        return _TOP_LEVEL[module]
+    _, index, rest = module.split(".", 2)
+    return f"model.layers.{index}.{_IN_LAYER[rest]}"
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory by their Hugging Face names, whatever its layout.
+
+    Files are memory-mapped when a tensor of theirs is first asked for. Mistral's own layout pairs neighbouring
+    rows of wq and wk for the rotary embedding; here they come in Hugging Face's rotate-half order.
+    """
+
+    def __init__(self, directory: Path, files: Mapping[str, Path], stored_names: Mapping[str, str]) -> None:
+        self.directory = directory
+        self._files = dict(files)
+        self._stored_names = dict(stored_names)
+        self._open: dict[Path, safe_open] = {}
+        self._rotary_heads = _rotary_heads(directory) if stored_names else {}
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+        return sorted(self._files)
+
+    def files(self) -> Sequence[Path]:
+        """The files that hold the weights, sorted."""
+        return sorted(set(self._files.values()))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor, from the file's header."""
+        try:
+            view = self._handle(name).get_slice(self._stored_names.get(name, name))
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(name, error) from error
+        return TensorSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor; it aliases the memory-mapped file unless its rows had to be reordered."""
+        try:
+            tensor: torch.Tensor = self._handle(name).get_tensor(self._stored_names.get(name, name))
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(name, error) from error
+        n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
+        return tensor if n_heads is None else _rotate_half_order(tensor, n_heads)
+
+    def release(self) -> None:
+        """Unmap the files, but for tensors that are still held: pages that were read count as resident memory."""
+        self._open.clear()
+
+    def _handle(self, name: str) -> safe_open:
+        path = self._files[name]
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise self._unreadable(name, error) from error
+        return self._open[path]
+
+    def _unreadable(self, name: str, error: Exception) -> IntegrityError:
+        return IntegrityError(
+            f"{self._files[name]} cannot be read for tensor {name}: {error}",
+            "the file is damaged or incomplete: pull the model again",
+        )
+
+
+def _rotary_heads(directory: Path) -> dict[str, int]:
+    config = read_config(directory)
+    return {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+
+
+def _rotate_half_order(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Rows of wq or wk from interleaved pairs (2i, 2i + 1) to rotate-half pairs (i, i + head_dim / 2)."""
+    out_features, in_features = weight.shape
+    pairs = weight.view(n_heads, out_features // n_heads // 2, 2, in_features)
+    return pairs.transpose(1, 2).reshape(out_features, in_features)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Find the weights in `directory`: Hugging Face's files if there are any, else `consolidated*.safetensors`.
+
+    Raises:
+        ModelNotFoundError: there are none.
+        IntegrityError: a shard that the index names is missing, or a file is not a safetensors file.
+    """
+    for stem in ("model", "consolidated"):
+        files = _tensor_files(directory, stem)
+        if files:
+            if stem == "model":
+                return Checkpoint(directory, files, {})
+            stored = {_translated(name): name for name in files}
+            return Checkpoint(directory, {hf: files[name] for hf, name in stored.items()}, stored)
+    raise ModelNotFoundError(
+        f"{directory} has no weights: neither model*.safetensors nor consolidated*.safetensors",
+        "pull the model again, or name another directory",
+    )
+
+
+def _tensor_files(directory: Path, stem: str) -> dict[str, Path]:
+    """Tensor name to file: from `stem.safetensors`, else from the index, else from what shards there are."""
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if not single.is_file() and index.is_file():
+        return _from_index(index)
+    shards = [single] if single.is_file() else sorted(directory.glob(f"{stem}-*.safetensors"))
+    return {name: shard for shard in shards for name in _header_names(shard)}
+
+
+def _from_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise IntegrityError(f"{index} has no weight_map", "pull the model again")
+    shards = {str(file) for file in weight_map.values()}
+    for shard in sorted(shards):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise IntegrityError(
+                f"{index.name} names the shard {shard!r}, which is not in {index.parent}",
+                "pull the model again",
+            )
+    return {str(name): index.parent / str(file) for name, file in weight_map.items()}
+
+
+def _header_names(shard: Path) -> list[str]:
+    try:
+        with safe_open(shard, framework="pt") as handle:
+            return list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(
+            f"{shard} is not a whole safetensors file: {error}", "the file is damaged: pull the model again"
+        ) from error
+
+
+def _translated(name: str) -> str:
+    """Mistral's tensor name as Hugging Face's; a name of neither stays and is later reported as extra."""
+    module, _, suffix = name.rpartition(".")
+    try:
+        return f"{hugging_face_name(module)}.{suffix}"
+    except (KeyError, ValueError):
+        return name
+
+
+def load_model(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, on_progress: OnProgress | None = None
+) -> Transformer:
+    """The model in `directory`, ready to run on `device`, its dense weights in `dtype`.
+
+    Tensors are loaded one at a time into a model without storage, so that peak memory is the loaded model plus
+    one tensor. An untied embedding stays in the type it is stored in: only the rows that are looked up are cast.
+
+    Raises:
+        IntegrityError: a tensor is missing, extra or mis-shaped, or a file is damaged; it is named.
+        MistralError: the quantization is of a kind that is not supported; it is named.
+    """
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    with torch.device("meta"):
+        model = Transformer(config, _linear_factory(config), dtype)
+    modules = {
+        hugging_face_name(name): module for name, module in model.named_modules() if _has_tensors(module)
+    }
+    _check_names(config, checkpoint, modules)
+    sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
+    done = 0
+    for name, module in modules.items():
+        if isinstance(module, QuantizedLinear):
+            _load_quantized(checkpoint, name, module, device)
+        else:
+            keep = isinstance(module, nn.Embedding) and not config.tied_embeddings
+            module.weight = _dense_parameter(checkpoint, f"{name}.weight", device, None if keep else dtype)
+        checkpoint.release()
+        done += sizes[name]
+        if on_progress is not None:
+            on_progress(done, sum(sizes.values()))
+    return model.eval().requires_grad_(False)
+
+
+def loaded_size_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes that the weights in `directory` take once loaded to compute in `dtype`; reads headers only."""
+    config = read_config(directory)
+    checkpoint = open_checkpoint(directory)
+    keep_embedding = not config.tied_embeddings
+
+    def size(name: str) -> int:
+        spec = checkpoint.spec(name)
+        is_dense = name.endswith(".weight") and spec.dtype.is_floating_point
+        cast = is_dense and not (keep_embedding and name == "model.embed_tokens.weight")
+        return math.prod(spec.shape) * (dtype if cast else spec.dtype).itemsize
+
+    return sum(size(name) for name in checkpoint.names())
+
+
+def _linear_factory(config: ModelConfig) -> LinearFactory:
+    if config.quantization is None:
+        return dense_linear
+    scheme_of = schemes_of(dict(config.quantization))
+
+    def linear(name: str, in_features: int, out_features: int) -> nn.Module:
+        scheme = scheme_of(hugging_face_name(name))
+        if scheme is None:
+            return dense_linear(name, in_features, out_features)
+        return scheme.linear(in_features, out_features)
+
+    return linear
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
+
+
+def _expected(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors that a module needs, by full name, with their shapes; −1 is a length that varies."""
+    if isinstance(module, QuantizedLinear):
+        return {f"{name}.{suffix}": shape for suffix, shape in module.stored().items()}
+    return {
+        f"{name}.{key}": tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _check_names(config: ModelConfig, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> None:
+    """Every tensor that is needed is there, with its shape, and none is left over."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        expected |= _expected(name, module)
+    present = set(checkpoint.names())
+    _refuse("is missing", expected.keys() - present, checkpoint)
+    spare = {name for name in present - expected.keys() if not _IGNORED.match(name)}
+    if config.tied_embeddings:
+        spare -= {"lm_head.weight"}
+    _refuse("does not belong to the model that its configuration describes", spare, checkpoint)
+    for name, shape in expected.items():
+        found = checkpoint.spec(name).shape
+        if len(found) != len(shape) or any(
+            want not in (-1, have) for have, want in zip(found, shape, strict=True)
+        ):
+            raise IntegrityError(
+                f"tensor {name} in {checkpoint.directory} has the shape {list(found)} "
+                f"where the configuration asks for {list(shape)}",
+                "configuration and weights are not of the same model: pull it again",
+            )
+
+
+def _refuse(what: str, names: set[str], checkpoint: Checkpoint) -> None:
+    if names:
+        first, rest = min(names), len(names) - 1
+        more = f" (and {rest} more)" if rest else ""
+        raise IntegrityError(
+            f"tensor {first}{more} {what} in {checkpoint.directory}",
+            "the checkpoint is incomplete or of another model",
+        )
+
+
+def _module_bytes(checkpoint: Checkpoint, name: str, module: nn.Module) -> int:
+    specs = (checkpoint.spec(full) for full in _expected(name, module))
+    return sum(spec.nbytes for spec in specs)
+
+
+def _load_quantized(checkpoint: Checkpoint, name: str, module: QuantizedLinear, device: torch.device) -> None:
+    try:
+        module.load_stored({key: checkpoint.load(f"{name}.{key}") for key in module.stored()}, device)
+    except IntegrityError as error:
+        raise IntegrityError(f"{name} in {checkpoint.directory}: {error.message}", error.hint) from error
+
+
+def _dense_parameter(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None
+) -> nn.Parameter:
+    tensor = checkpoint.load(name)
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise MistralError(
+            f"tensor {name} is stored as {tensor.dtype}, which is not supported for dense weights"
+        )
+    return nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=False)

@@ -1,0 +1,170 @@
+"""The rolling-buffer cache: the ring equals the full mask, whatever the window, the chunks and the lengths."""
+
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import load, random_checkpoint, token_ids
+
+from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, cache_size_bytes
+from mistralcli.config import ModelConfig
+from mistralcli.engine import Engine
+from mistralcli.errors import ContextOverflowError
+from mistralcli.model import Transformer
+
+MISTRAL_7B = ModelConfig(
+    dim=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    hidden_dim=14336,
+    vocab_size=32000,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_seq_len=32768,
+    sliding_windows=(4096,) * 32,
+    tied_embeddings=False,
+    eos_ids=(2,),
+    dtype="bfloat16",
+)
+
+
+def greedy(logits: torch.Tensor, so_far: object) -> int:
+    return int(logits.argmax())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    directory = tmp_path_factory.mktemp("windowed")
+    random_checkpoint(directory, sliding_window=9, layer_types=["full_attention", *["sliding_attention"] * 2])
+    return load(directory)
+
+
+@given(
+    window=st.integers(1, 12),
+    slack=st.integers(1, 12),
+    max_seq_len=st.integers(1, 40),
+    pieces=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+)
+def test_the_ring_sees_exactly_the_window_after_any_writes(
+    window: int, slack: int, max_seq_len: int, pieces: list[int]
+) -> None:
+    """Play the ring with labelled slots: what a query sees is what the full mask says, held where it says."""
+    ring = Ring.of(window, max_seq_len, slack)
+    slots: dict[int, int] = {}
+    start = 0
+    for n_tokens in pieces:
+        stop = min(start + min(n_tokens, slack), max_seq_len)
+        if stop == start:
+            break
+        slots |= {position % ring.capacity: position for position in range(start, stop)}
+        positions = torch.arange(start, stop)[None]
+        visible = ring.visible(positions, torch.tensor([stop - 1]), min(stop, ring.capacity))[0]
+        for query, row in zip(range(start, stop), visible, strict=True):
+            seen = {slots[int(slot)] for slot in row.nonzero()}
+            assert seen == set(range(max(0, query - window + 1), query + 1))
+        start = stop
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n_tokens=st.integers(1, 60),
+    chunk=st.integers(1, 70),
+    slack=st.integers(1, 70),
+    max_tokens=st.integers(1, 12),
+)
+def test_ring_cache_equals_full_mask_for_any_chunking(
+    model: Transformer, n_tokens: int, chunk: int, slack: int, max_tokens: int
+) -> None:
+    ids = token_ids(n_tokens, seed=n_tokens)
+    ring = Engine(model, max_seq_len=80, chunk=chunk, slack=slack)
+    full = Engine(model, max_seq_len=80, chunk=80, slack=80)
+    seen: list[torch.Tensor] = []
+    completion = list(
+        ring.generate(
+            ids, lambda logits, so_far: seen.append(logits) or greedy(logits, so_far), max_tokens=max_tokens
+        )
+    )
+    expected = full.prefill([ids + completion[:-1]])[0]
+    torch.testing.assert_close(seen[-1], expected, atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_an_edited_conversation_gives_what_a_fresh_engine_gives(
+    model: Transformer, data: st.DataObject
+) -> None:
+    """Extending, rewinding and replacing the cached ids never changes the answer."""
+    slack = data.draw(st.integers(1, 20))
+    kept = Engine(model, max_seq_len=120, chunk=data.draw(st.integers(1, 40)), slack=slack)
+    ids: list[int] = []
+    for turn in range(4):
+        keep = data.draw(st.integers(0, len(ids)))
+        ids = ids[:keep] + token_ids(data.draw(st.integers(1, 20)), seed=turn)
+        fresh = Engine(model, max_seq_len=120, chunk=120, slack=120)
+        completion = list(kept.generate(ids, greedy, max_tokens=5))
+        assert completion == list(fresh.generate(ids, greedy, max_tokens=5))
+        ids = ids + completion
+
+
+def test_a_turn_that_extends_the_cached_ids_prefills_only_what_is_new(model: Transformer) -> None:
+    engine = Engine(model, max_seq_len=100, chunk=64, slack=8)
+    first = token_ids(30)
+    completion = list(engine.generate(first, greedy, max_tokens=6))
+    second = first + completion + token_ids(5, seed=9)
+    assert engine.n_reusable(second) == 35  # nothing came after the answer's last id, so it was not run
+    done: list[tuple[int, int]] = []
+    list(engine.generate(second, greedy, max_tokens=1, on_prefill=lambda n, total: done.append((n, total))))
+    assert done == [(41, 41)]
+
+
+def test_a_rewind_past_the_ring_starts_over(model: Transformer) -> None:
+    engine = Engine(model, max_seq_len=100, chunk=64, slack=4)
+    ids = token_ids(60)
+    list(engine.generate(ids, greedy, max_tokens=1))
+    assert engine.n_reusable([*ids[:58], 5, 6]) == 58
+    assert engine.n_reusable([*ids[:50], 5, 6]) == 0
+
+
+def test_closing_the_generator_in_the_middle_leaves_a_usable_cache(model: Transformer) -> None:
+    engine = Engine(model, max_seq_len=100, chunk=16, slack=8)
+    ids = token_ids(20)
+    generation = engine.generate(ids, greedy, max_tokens=10)
+    begun = [next(generation) for _ in range(4)]
+    generation.close()
+    assert list(engine.generate(ids + begun, greedy, max_tokens=6)) == list(
+        Engine(model, max_seq_len=100, chunk=100, slack=100).generate(ids + begun, greedy, max_tokens=6)
+    )
+
+
+def test_the_cache_of_a_window_is_seven_times_smaller_and_eight_with_slack_one() -> None:
+    windowless = ModelConfig(**{**vars(MISTRAL_7B), "sliding_windows": (None,) * 32})
+    full = cache_size_bytes(windowless, 32768)
+    assert full == 2 * 32768 * 32 * 8 * 128 * 4
+    assert full / cache_size_bytes(MISTRAL_7B, 32768) >= 7
+    assert full / cache_size_bytes(MISTRAL_7B, 32768, slack=1) == 8
+
+
+@pytest.mark.parametrize("n_tokens", [1, 50, 1023, 1500, 4000])
+def test_a_cache_grows_with_its_tokens_to_the_size_that_was_planned(
+    model: Transformer, n_tokens: int
+) -> None:
+    cache = KVCache(model.config, max_seq_len=4000, slack=512)
+    positions = torch.arange(n_tokens)[None]
+    for start in range(0, n_tokens, 512):
+        cache.begin(positions[:, start : start + 512])
+    planned = cache_size_bytes(model.config, 4000, slack=512)
+    slots = [layer.keys.shape[2] for layer in cache.layers]
+    assert slots[0] == min(4000, -(-n_tokens // GROWTH_SLOTS) * GROWTH_SLOTS)
+    assert max(slots[1:]) <= 9 + 512 - 1
+    assert cache.size_bytes <= planned
+    assert n_tokens < 4000 or cache.size_bytes == planned
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_with_numbers(model: Transformer) -> None:
+    engine = Engine(model, max_seq_len=10, chunk=16, slack=8)
+    with pytest.raises(ContextOverflowError, match=r"10 tokens.*context of 10"):
+        next(engine.generate(token_ids(10), greedy))
+    assert len(list(engine.generate(token_ids(9), greedy))) == 1

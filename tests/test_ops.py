@@ -1,0 +1,136 @@
+"""The reference operators, and every kernel against its reference."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import mistralcli.ops
+import quant.ops
+from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
+from quant.registry import Op, all_ops, op
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rms_norm_is_its_formula_and_computes_in_float32() -> None:
+    x, weight = randn(3, 5, 8), randn(8, seed=1)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, atol=1e-6, rtol=1e-6)
+    large = torch.full((1, 8), 300.0, dtype=torch.float16)  # its square overflows float16
+    assert rms_norm(large, torch.ones(8, dtype=torch.float16), 1e-5).tolist() == [[1.0] * 8]
+
+
+def test_rotary_scores_depend_on_the_distance_alone_even_at_position_128k() -> None:
+    q, k = randn(1, 1, 1, 64), randn(1, 1, 1, 64, seed=1)
+
+    def score(at: int) -> float:
+        cos, sin = rotary_tables(torch.tensor([[at]]), 64, 1e4)
+        cos_back, sin_back = rotary_tables(torch.tensor([[at - 5]]), 64, 1e4)
+        return float((apply_rotary(q, cos, sin) * apply_rotary(k, cos_back, sin_back)).sum())
+
+    assert score(131_071) == pytest.approx(score(5), abs=1e-4)
+    assert score(5) != pytest.approx(float((q * k).sum()), abs=1e-2)
+
+
+def test_rotary_rotates_pairs_half_a_head_apart() -> None:
+    cos, sin = rotary_tables(torch.tensor([[1]]), 4, 100.0)
+    out = apply_rotary(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), cos, sin).flatten().tolist()
+    angles = [1.0, 0.1]
+    expected = [
+        1 * math.cos(angles[0]) - 3 * math.sin(angles[0]),
+        2 * math.cos(angles[1]) - 4 * math.sin(angles[1]),
+    ]
+    expected += [
+        3 * math.cos(angles[0]) + 1 * math.sin(angles[0]),
+        4 * math.cos(angles[1]) + 2 * math.sin(angles[1]),
+    ]
+    assert out == pytest.approx(expected, abs=1e-6)
+
+
+def test_attention_is_softmax_over_what_is_visible_and_zero_where_nothing_is() -> None:
+    q, k, v = randn(1, 2, 3, 4), randn(1, 1, 5, 4, seed=1), randn(1, 1, 5, 4, seed=2)
+    visible = torch.tensor([[[1, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]]).bool()
+    out = attention.reference(q, k, v, visible)
+    assert torch.equal(out[0, :, 2], torch.zeros(2, 4))
+    torch.testing.assert_close(out[0, :, 0], v[0, :, 0].expand(2, 4))
+    weights = (q[0, 1, 1] @ k[0, 0, [1, 3]].T / 2).softmax(-1)
+    torch.testing.assert_close(out[0, 1, 1], weights @ v[0, 0, [1, 3]])
+
+
+def test_swiglu_is_silu_of_the_gate_times_up() -> None:
+    gate, up = randn(2, 7), randn(2, 7, seed=1)
+    torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
+
+
+def attention_case(
+    n_heads: int, n_kv_heads: int, n_tokens: int, n_slots: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    visible = torch.rand((2, n_tokens, n_slots), generator=torch.Generator().manual_seed(3)) < 0.5
+    visible[1, -1] = False
+    q, k, v = (
+        randn(2, n_heads, n_tokens, 24),
+        randn(2, n_kv_heads, n_slots, 24),
+        randn(2, n_kv_heads, n_slots, 24, seed=5),
+    )
+    return q.to(dtype), k.to(dtype), v.to(dtype), visible
+
+
+CASES = {
+    "mistralcli.ops:attention": [
+        attention_case(n_heads, n_kv_heads, n_tokens, n_slots, dtype)
+        for n_heads, n_kv_heads in ((4, 4), (6, 2), (3, 1))
+        for n_tokens, n_slots in ((1, 1), (1, 37), (5, 33), (130, 257))
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+}
+"""Arguments for every operator that has a kernel on this machine."""
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def kernels() -> list[tuple[str, str]]:
+    assert mistralcli.ops and quant.ops  # importing them registers their operators
+    return [
+        (name, device) for name, one in all_ops().items() for device in devices() if device in one.kernels
+    ]
+
+
+@pytest.mark.parametrize(("name", "device"), kernels())
+def test_every_kernel_agrees_with_its_reference(name: str, device: str) -> None:
+    one = all_ops()[name]
+    for case in CASES[name]:
+        args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in case]
+        expected, out = one.reference(*args), one.on(device)(*args)
+        assert isinstance(expected, torch.Tensor) and isinstance(out, torch.Tensor)
+        tolerance = TOLERANCE[out.dtype]
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Op(attention.reference, attention.kernels)
+    monkeypatch.setenv("MISTRAL_CLI_KERNELS", "reference")
+    assert made.on("cpu") is attention.reference
+    monkeypatch.delenv("MISTRAL_CLI_KERNELS")
+    assert Op(attention.reference, attention.kernels).on("cpu") is not attention.reference
+
+
+def test_a_device_without_a_kernel_runs_the_reference() -> None:
+    @op(cuda="no.such.module:kernel")
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    try:
+        assert double(torch.ones(1)).item() == 2
+        with pytest.raises(ImportError):
+            double.on("cuda")
+    finally:
+        del all_ops()[f"{__name__}:double"]  # type: ignore[attr-defined]

@@ -1,0 +1,48 @@
+"""A conversation: an ordered list of messages, as chat templates take them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+CONVERSATION_RULE = (
+    "a system prompt, or none, comes first; then user and assistant take turns; a user comes last"
+)
+"""What every chat format takes: the hint for a conversation that one refuses."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message. `prefix` marks an open assistant message that the model is to continue."""
+
+    role: Role
+    content: str
+    prefix: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order; every change makes a new conversation."""
+
+    messages: tuple[Message, ...] = ()
+
+    @staticmethod
+    def of(messages: Iterable[Message]) -> "Conversation":
+        return Conversation(tuple(messages))
+
+    def add(self, role: Role, content: str) -> "Conversation":
+        return Conversation((*self.messages, Message(role, content)))
+
+    def with_system(self, content: str | None) -> "Conversation":
+        """Replace, add or (with None) drop the system prompt, which comes first."""
+        rest = tuple(m for m in self.messages if m.role != "system")
+        return Conversation(((Message("system", content),) if content else ()) + rest)
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates (Python's sign for bytes of a command line that are no UTF-8) as U+FFFD.
+
+    No tokenizer takes a lone surrogate, and no file in UTF-8 can hold one.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

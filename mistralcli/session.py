@@ -1,0 +1,280 @@
+"""A session joins tokenizer and engine: text in, text out. `run`, `chat` and `eval` stand on it."""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mistralcli.cache import DEFAULT_SLACK
+from mistralcli.config import ModelConfig, read_config
+from mistralcli.conversation import Conversation
+from mistralcli.device import choose_device, choose_dtype, default_chunk, free_memory_bytes
+from mistralcli.engine import Engine, FinishReason
+from mistralcli.errors import IntegrityError, UsageError
+from mistralcli.plan import Demand, MemoryPlan, default_ctx, demand_of, fitting_plan, requested_plan
+from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from mistralcli.weights import OnProgress, load_model
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a model is run; None leaves a choice to the program. `ctx`, `chunk` and `slack` count positions."""
+
+    ctx: int | None = None
+    chunk: int | None = None
+    slack: int = DEFAULT_SLACK
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("chunk", self.chunk), ("slack", self.slack)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the call to the first token, and from there to the last."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Completion:
+    """One answer: iterate over it for its text, piece by piece; its attributes say how it goes.
+
+    `finish_reason` is None before the first piece and "interrupted" until the end is reached, so that is what
+    it stays when the iteration is closed or breaks off. `n_cached` counts the prompt's tokens that were found
+    in the cache. `text` and `token_ids` grow as pieces come.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        ids: Generator[int, None, FinishReason],
+        decoder: StreamDecoder,
+        scanner: "StopScanner",
+        *,
+        n_cached: int,
+        seed: int,
+    ) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.n_cached = n_cached
+        self.seed = seed
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | Literal["interrupted"] | None = None
+        self.timings = Timings()
+        self._pieces = self._stream(ids, decoder, scanner)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """Stop generating; what has come stays."""
+        self._pieces.close()
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    def _stream(
+        self, ids: Generator[int, None, FinishReason], decoder: StreamDecoder, scanner: "StopScanner"
+    ) -> Generator[str, None, None]:
+        self.finish_reason = "interrupted"
+        with contextlib.closing(ids):
+            end = yield from self._until_stop(ids, decoder, scanner)
+        rest = scanner.push(decoder.flush()) + scanner.flush()
+        if rest:
+            yield rest
+        self.finish_reason = "stop" if scanner.stopped else end
+
+    def _until_stop(
+        self, ids: Generator[int, None, FinishReason], decoder: StreamDecoder, scanner: "StopScanner"
+    ) -> Generator[str, None, FinishReason]:
+        clock = _Clock()
+        while True:
+            try:
+                token_id = next(ids)
+            except StopIteration as end:
+                self.timings = clock.read()
+                reason: FinishReason = end.value
+                return reason
+            self.timings = clock.read()
+            self.token_ids.append(token_id)
+            piece = scanner.push(decoder.push(token_id))
+            if piece:
+                yield piece
+            if scanner.stopped:
+                return "stop"
+
+
+class _Clock:
+    """Seconds to the first reading, and from there to the latest."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._first: float | None = None
+
+    def read(self) -> Timings:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = now
+        return Timings(self._first - self._started, now - self._first)
+
+
+class StopScanner:
+    """Lets text through up to the first stop string, holding back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Take a piece of text, and return what is now known to come before any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        cuts = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if cuts:
+            self.stopped, self._held = True, ""
+            return text[: min(cuts)]
+        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+    def flush(self) -> str:
+        """The rest, when nothing more comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Session:
+    """A loaded model with its tokenizer; made by `open_session`."""
+
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, engine: Engine, plan: MemoryPlan, load_s: float
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.plan = plan
+        self.load_s = load_s
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.model.config
+
+    def describe(self) -> str:
+        """One line: model, weights, device, type, context and the cache that it needs when full."""
+        quantization = "quantized" if self.config.quantization else self.config.dtype
+        dtype = str(self.engine.model.dtype).removeprefix("torch.")
+        return (
+            f"{self.name} ({quantization}) on {self.engine.device.type}, computing in {dtype}, "
+            f"context {self.engine.max_seq_len} tokens (cache up to {self.plan.cache_bytes / 1e6:.0f} MB)"
+        )
+
+    def complete(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        continues_text: bool = False,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Completion:
+        """Continue the ids, as far as the model goes on or `max_tokens` or the context allow.
+
+        `continues_text` says that the completion goes on in the midst of a text, so that a space which it begins
+        with is part of it; an answer's first space is not.
+
+        Raises:
+            ContextOverflowError: the ids leave no room for one token.
+        """
+        self.engine.require_room(len(token_ids))
+        sampler = Sampler(params)
+        stop_ids = self.tokenizer.eos_ids | frozenset(self.config.eos_ids)
+        ids = self.engine.generate(
+            token_ids, sampler, stop_ids=stop_ids, max_tokens=max_tokens, on_prefill=on_prefill
+        )
+        n_cached = self.engine.n_reusable(token_ids)
+        decoder = self.tokenizer.stream(continues_text=continues_text)
+        return Completion(token_ids, ids, decoder, StopScanner(stop), n_cached=n_cached, seed=sampler.seed)
+
+    def complete_chat(
+        self,
+        conversation: Conversation,
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Completion:
+        """The assistant's next message. Raises what `complete` and the tokenizer's `encode_chat` raise."""
+        token_ids = self.tokenizer.encode_chat(conversation)
+        return self.complete(token_ids, params, max_tokens=max_tokens, stop=stop, on_prefill=on_prefill)
+
+
+def open_session(
+    directory: Path,
+    options: SessionOptions,
+    *,
+    name: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_note: Callable[[str], None] = lambda message: None,
+) -> Session:
+    """Load the model in `directory`. `on_note` is told when the context is shorter than the model's own.
+
+    Raises:
+        UsageError: no such device, type or context length.
+        NotEnoughMemoryError: weights, cache and workspace do not fit; nothing was loaded.
+        IntegrityError, MistralError: the checkpoint is damaged, or of a kind that is not supported.
+    """
+    started = time.perf_counter()
+    config = read_config(directory)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    chunk = options.chunk or default_chunk(device)
+    tokenizer = load_tokenizer(directory)
+    plan = _plan(config, options, demand_of(directory, dtype, chunk, options.slack), device, on_note)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise IntegrityError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}",
+            "tokenizer and weights are not of the same model: pull it again",
+        )
+    model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
+    engine = Engine(model, max_seq_len=plan.ctx, chunk=chunk, slack=options.slack, device=device)
+    return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
+
+
+def _plan(
+    config: ModelConfig,
+    options: SessionOptions,
+    demand: Demand,
+    device: torch.device,
+    on_note: Callable[[str], None],
+) -> MemoryPlan:
+    free_bytes = free_memory_bytes(device)
+    if options.ctx is not None:
+        return requested_plan(config, demand, options.ctx, free_bytes)
+    plan = fitting_plan(config, demand, free_bytes)
+    if plan.ctx < default_ctx(config):
+        on_note(f"context shortened to {plan.ctx} tokens, which is what fits in memory: {plan.describe()}")
+    return plan

@@ -1,0 +1,112 @@
+"""Text to token ids and back: one interface, and which of a checkpoint's tokenizer files stands behind it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from mistralcli.chat_template import find_template
+from mistralcli.config import read_json
+from mistralcli.conversation import Conversation
+from mistralcli.detokenizer import StreamDecoder
+from mistralcli.errors import IntegrityError
+
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """What the session needs of a tokenizer.
+
+    `eos_ids` end a completion: the tokenizer's own and those of the checkpoint's configuration. `bos_id`
+    begins a text, None where none does. `family` is "tekken", "spm" (SentencePiece) or "hf" (tokenizer.json).
+    `version` is that of Mistral's chat format, "v1" to "v15"; with tokenizer.json it is "jinja" where there
+    is a chat template and "none" where there is none.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    family: str
+    version: str
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of `text`, with what looks like a control token in it as text.
+
+        `bos` and `eos` put the tokenizer's own around it. Nothing else does: a chat's come from its format.
+        """
+        ...
+
+    def encode_chat(self, conversation: Conversation) -> list[int]:
+        """The ids that ask for the next assistant message, or for the rest of an open one (`prefix`).
+
+        Messages are text, as in `encode`. Raises UsageError for a conversation that the format refuses.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the ids; control tokens and ids that the tokenizer does not have add nothing to it."""
+        ...
+
+    def stream(self, *, continues_text: bool = False) -> StreamDecoder:
+        """A decoder for the ids of one completion as they arrive.
+
+        The space that SentencePiece puts before a text's first word is dropped, unless the completion
+        `continues_text` (a raw prompt, an open assistant message) and the space is one between two words.
+        """
+        ...
+
+    def render(self, token_ids: Sequence[int]) -> str:
+        """The ids as the model receives them, control tokens by name; SentencePiece's as pieces (`▁a`)."""
+        ...
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of the checkpoint in `directory`.
+
+    tekken.json comes before tokenizer.model before tokenizer.json: Mistral's own files, through Mistral's own
+    library, are what its models were trained with. But a fine-tune copies them along even when it was trained
+    on another chat format; so a checkpoint with a chat template that does not write Mistral's `[INST]` is
+    read through its tokenizer.json.
+
+    Raises:
+        IntegrityError: no tokenizer file is there, it cannot be read, or tokenizer.json alone would do.
+    """
+    template = find_template(directory)
+    mistral_file = _mistral_file(directory)
+    hugging_face_file = directory / "tokenizer.json"
+    eos_ids = _configured_eos_ids(directory)
+    if mistral_file is not None and (template is None or template.writes_mistral_format):
+        from mistralcli.mistral_tokenizer import MistralTokenizer
+
+        return MistralTokenizer(mistral_file, eos_ids)
+    if hugging_face_file.is_file():
+        from mistralcli.hf_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(directory, template, eos_ids)
+    if mistral_file is not None:
+        raise IntegrityError(
+            f"{directory} has a chat template of its own but no tokenizer.json that holds its control tokens",
+            "save the model's tokenizer with transformers' AutoTokenizer, which writes tokenizer.json",
+        )
+    raise IntegrityError(
+        f"{directory} has no tokenizer: neither tekken.json nor tokenizer.model nor tokenizer.json",
+        "pull the model again",
+    )
+
+
+def _mistral_file(directory: Path) -> Path | None:
+    """tekken.json, else a SentencePiece model, preferably one whose name ends with its version."""
+    versioned = sorted(directory.glob("*.model.v[0-9]*"), reverse=True)
+    candidates = [directory / "tekken.json", *versioned, directory / "tokenizer.model"]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _configured_eos_ids(directory: Path) -> frozenset[int]:
+    """`eos_token_id` of generation_config.json and config.json: one id, a list of ids or none in each."""
+    ids: set[int] = set()
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(one, int) for one in values):
+            raise IntegrityError(f"{path} has an eos_token_id that is no token id: {value!r}")
+        ids.update(values)
+    return frozenset(ids)

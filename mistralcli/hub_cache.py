@@ -1,0 +1,123 @@
+"""The Hub's cache on this machine, which all Hugging Face tools share, in its published layout:
+
+    models--OWNER--NAME/refs/REVISION       a file that holds the commit which a branch or tag was at
+    models--OWNER--NAME/snapshots/COMMIT/   that commit's files, as links into blobs/
+    models--OWNER--NAME/blobs/DIGEST        their content, shared by all snapshots
+
+Nothing here imports huggingface_hub: `mistral run` finds its model without waiting for it.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistralcli.errors import UsageError
+
+_WORD = r"\w(?:[\w.-]{0,94}\w)?"
+_REPO_ID = re.compile(rf"(?:{_WORD}/)?{_WORD}", re.ASCII)
+_REVISION = re.compile(r"\w(?:[\w./+-]{0,250}[\w+-])?", re.ASCII)
+_COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,40}")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hub: OWNER/NAME, and a branch, tag or commit, or None for the default."""
+
+    repo_id: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+
+def parse_hub_model(text: str) -> HubModel:
+    """`OWNER/NAME` or `OWNER/NAME@REVISION`; both parts become paths, so their characters are few.
+
+    Raises:
+        UsageError: `text` is neither.
+    """
+    repo_id, has_revision, revision = text.partition("@")
+    if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise UsageError(
+            f"{repo_id!r} is not a model's name on the Hub", "write OWNER/NAME or OWNER/NAME@REVISION"
+        )
+    if not has_revision:
+        return HubModel(repo_id)
+    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision:
+        raise UsageError(f"{revision!r} is not a revision", "write a branch, a tag or a commit after the @")
+    return HubModel(repo_id, revision)
+
+
+def cache_directory() -> Path:
+    """Where the cache is, by the variables that huggingface_hub reads."""
+    get = os.environ.get
+    home = get("HF_HOME") or f"{get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(cache)).expanduser().absolute()
+
+
+def repo_directory(repo_id: str) -> Path:
+    """Where the cache keeps a repository, whether or not it is there."""
+    return cache_directory() / f"models--{repo_id.replace('/', '--')}"
+
+
+def cached_repo_ids() -> list[str]:
+    """The model repositories in the cache, sorted."""
+    found = (path.name.split("--")[1:] for path in cache_directory().glob("models--*") if path.is_dir())
+    return sorted("/".join(parts) for parts in found)
+
+
+def snapshots(repo_id: str) -> dict[str, Path]:
+    """The commits of a repository that the cache has, with the directory of each."""
+    directory = repo_directory(repo_id) / "snapshots"
+    return {path.name: path for path in sorted(directory.glob("*")) if path.is_dir()}
+
+
+def refs(repo_id: str) -> dict[str, str]:
+    """The branches and tags of a repository that the cache knows, with the commit that each was at."""
+    directory = repo_directory(repo_id) / "refs"
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path.read_text(errors="replace").strip() for name, path in sorted(files.items())}
+
+
+def find_snapshot(model: HubModel) -> Path | None:
+    """The directory of a model at its revision, or None when the cache does not have it.
+
+    Without a revision it is the branch `main`, or the only commit there is. A commit may be shortened to
+    seven digits or more, when that is unambiguous.
+    """
+    commits, revision = snapshots(model.repo_id), model.revision or "main"
+    named = refs(model.repo_id).get(revision)
+    if named is not None:
+        return commits.get(named)
+    if model.revision is None:
+        return next(iter(commits.values())) if len(commits) == 1 else None
+    matching = [path for commit, path in commits.items() if commit.startswith(revision)]
+    return matching[0] if _COMMIT_PREFIX.fullmatch(revision) and len(matching) == 1 else None
+
+
+def write_ref(model: HubModel, commit: str) -> None:
+    """Record which commit the model's branch or tag is at; a commit needs no record."""
+    revision = model.revision or "main"
+    if revision == commit:
+        return
+    path = repo_directory(model.repo_id) / "refs" / revision
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(commit)
+    temporary.replace(path)
+
+
+def drop_dangling(repo_id: str) -> None:
+    """Remove links without a blob and refs without a snapshot, which huggingface_hub takes for corruption."""
+    for path in _dangling(repo_id):
+        path.unlink()
+
+
+def _dangling(repo_id: str) -> Iterator[Path]:
+    directory, commits = repo_directory(repo_id), snapshots(repo_id)
+    links = (path for path in (directory / "snapshots").rglob("*") if path.is_symlink())
+    yield from (link for link in links if not link.exists())
+    yield from (directory / "refs" / name for name, commit in refs(repo_id).items() if commit not in commits)

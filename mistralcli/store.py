@@ -1,0 +1,313 @@
+"""The models on this machine: our builds by name, and what was pulled into the Hub's cache by its Hub id.
+
+A model is named, in this order, by an existing directory when the name has a path separator or begins with a
+dot; by a build's name; by a Hub id with an optional `@REVISION`.
+"""
+
+import difflib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from mistralcli.config import MODEL_TYPES, read_json
+from mistralcli.errors import (
+    DiskError,
+    IntegrityError,
+    MistralError,
+    ModelNotFoundError,
+    QualityError,
+    UsageError,
+)
+from mistralcli.hub_cache import (
+    HubModel,
+    cache_directory,
+    cached_repo_ids,
+    drop_dangling,
+    find_snapshot,
+    parse_hub_model,
+    refs,
+    snapshots,
+)
+
+PARTIAL = ".partial"
+"""The suffix of a build's directory while it is being made."""
+
+_BUILD_NAME = re.compile(r"\w[\w.-]{0,126}", re.ASCII)
+_SHARD = re.compile(r"(model|consolidated)-\d+-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on this machine.
+
+    `name` is what `-m` takes. A pulled one has a `revision` (its commit) and the `refs` (branches and tags)
+    that are at it. `scheme` says what is stored: a build's scheme, else the type of the weights. `broken`
+    says why it cannot be run, or should not be; else it is None.
+    """
+
+    name: str
+    kind: Literal["build", "hub"]
+    revision: str | None
+    refs: tuple[str, ...]
+    scheme: str | None
+    size_bytes: int
+    path: Path
+    modified: datetime
+    broken: str | None
+
+
+def models_directory() -> Path:
+    """Where builds are kept: `$XDG_DATA_HOME/mistral/models` on Linux."""
+    return platformdirs.user_data_path("mistral") / "models"
+
+
+def build_directory(name: str) -> Path:
+    """Where the build `name` is or would be; with a path separator, or a dot at the start, it is a path.
+
+    Raises:
+        UsageError: the name could not be told from a path, a revision or a half-made build.
+    """
+    if _is_path(name):
+        return Path(name)
+    if not _BUILD_NAME.fullmatch(name) or ".." in name or name.endswith(PARTIAL):
+        raise UsageError(
+            f"{name!r} cannot be a build's name",
+            "use letters, digits, dots, dashes and underscores; or a path, which has a separator in it",
+        )
+    return models_directory() / name
+
+
+def resolve(model: str) -> Path:
+    """The directory of the checkpoint that `model` names.
+
+    Raises:
+        ModelNotFoundError: there is none; the hint says how to get it.
+        IntegrityError: it is there but half-made or incomplete.
+    """
+    directory = Path(model) if _is_path(model) and Path(model).is_dir() else _find_by_name(model)
+    if directory is None or not _has_config(directory):
+        raise _not_found(model)
+    if directory.name.endswith(PARTIAL):
+        raise IntegrityError(f"{model} is a half-made build", "make it again with `mistral quantize`")
+    problem = checkpoint_problem(directory)
+    if problem is not None:
+        raise IntegrityError(f"{model} is incomplete: {problem} ({directory})", "pull or quantize it again")
+    return directory
+
+
+def resolve_to_run(model: str) -> Path:
+    """As `resolve`, for a model that is to answer.
+
+    Raises:
+        QualityError: it is a build that failed its quality gate.
+    """
+    directory = resolve(model)
+    if _failed_its_gate(directory):
+        raise QualityError(
+            f"the build {model} failed its quality gate, so it is not run",
+            "make it again with more bits, or with a higher --max-error and --force",
+        )
+    return directory
+
+
+def checkpoint_problem(directory: Path) -> str | None:
+    """Why the checkpoint in `directory` cannot be whole, or None. Looks at names, not into the weights."""
+    if not _has_config(directory):
+        return "it has neither config.json nor params.json"
+    try:
+        shards = _shards(directory, "model") or _shards(directory, "consolidated")
+    except MistralError as error:
+        return error.message
+    missing = sorted(name for name in shards if not (directory / name).is_file())
+    if missing:
+        return f"{len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
+    return None if shards else "its weights are missing"
+
+
+def list_models() -> list[StoredModel]:
+    """Every model on this machine, builds first; broken ones too, but not those of kinds we do not run."""
+    return [*_builds(), *(model for repo_id in cached_repo_ids() for model in _pulled(repo_id))]
+
+
+def find(name: str) -> list[StoredModel]:
+    """The stored models that `name` means: one build, or all revisions of a Hub id unless it states one.
+
+    Raises:
+        ModelNotFoundError: there are none.
+    """
+    stored = list_models()
+    found = [model for model in stored if model.kind == "build" and model.name == name]
+    if not found and (wanted := _as_hub_model(name)):
+        found = [model for model in stored if model.kind == "hub" and model.name == wanted.repo_id]
+        if wanted.revision:
+            found = [model for model in found if model.path == find_snapshot(wanted)]
+    if not found:
+        raise ModelNotFoundError(f"no model is stored here as {name}", "`mistral list` shows those that are")
+    return found
+
+
+def remove(model: StoredModel) -> None:
+    """Delete a stored model; what other revisions in the Hub's cache share with it stays.
+
+    Raises:
+        DiskError: it cannot be deleted.
+    """
+    try:
+        if model.kind == "hub":
+            _remove_pulled(model)
+        elif model.path.is_symlink():
+            model.path.unlink()
+        else:
+            shutil.rmtree(model.path)
+    except OSError as error:
+        raise DiskError(f"{error.filename or model.path} cannot be removed: {error.strerror}") from error
+    if model.path.exists():
+        raise DiskError(f"{model.path} cannot be removed", "check who owns it")
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(".") or any(separator in name for separator in (os.sep, os.altsep) if separator)
+
+
+def _as_hub_model(name: str) -> HubModel | None:
+    try:
+        return parse_hub_model(name)
+    except UsageError:
+        return None
+
+
+def _find_by_name(model: str) -> Path | None:
+    if _BUILD_NAME.fullmatch(model) and (directory := models_directory() / model).is_dir():
+        return directory
+    wanted = _as_hub_model(model)
+    return find_snapshot(wanted) if wanted else None
+
+
+def _not_found(model: str) -> ModelNotFoundError:
+    if _is_path(model) and Path(model).exists():
+        return ModelNotFoundError(
+            f"{model} is not a model: it has neither config.json nor params.json",
+            "name a directory with a checkpoint, or a model that `mistral list` shows",
+        )
+    near = difflib.get_close_matches(model, sorted({stored.name for stored in list_models()}), n=1)
+    hint = f"did you mean {near[0]}? else " if near else ""
+    wanted = _as_hub_model(model)
+    if wanted and "/" in wanted.repo_id:
+        hint += f"get it with: mistral pull {wanted}"
+    else:
+        hint += "`mistral list` shows the models that are here, `mistral pull OWNER/NAME` gets others"
+    return ModelNotFoundError(f"the model {model} is not on this machine", hint)
+
+
+def _has_config(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("config.json", "params.json"))
+
+
+def _shards(directory: Path, stem: str) -> set[str]:
+    """The names of the weight files that a checkpoint should have: by its index, else by what is there."""
+    index = directory / f"{stem}.safetensors.index.json"
+    if (directory / f"{stem}.safetensors").is_file():
+        return {f"{stem}.safetensors"}
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise IntegrityError(f"{index.name} has no weight_map")
+        return set(weight_map.values())
+    found = [match for path in directory.glob(f"{stem}-*") if (match := _SHARD.fullmatch(path.name))]
+    if not found:
+        return set()
+    width, count = len(found[0][2]), int(found[0][2])
+    return {f"{stem}-{number:0{width}}-of-{found[0][2]}.safetensors" for number in range(1, count + 1)}
+
+
+def _builds() -> Iterator[StoredModel]:
+    for path in sorted(models_directory().glob("*")):
+        if path.is_dir() and not path.name.startswith("."):
+            yield _stored(path.name, "build", path, broken=_build_problem(path))
+
+
+def _pulled(repo_id: str) -> Iterator[StoredModel]:
+    names = refs(repo_id)
+    for commit, path in snapshots(repo_id).items():
+        if _is_ours(path):
+            at = tuple(name for name, other in names.items() if other == commit)
+            yield _stored(repo_id, "hub", path, broken=checkpoint_problem(path), revision=commit, refs=at)
+
+
+def _is_ours(snapshot: Path) -> bool:
+    """Whether a snapshot is a model of a kind that we run; the cache has those of other tools as well."""
+    if (snapshot / "params.json").is_file():
+        return True
+    return _read(snapshot / "config.json").get("model_type") in MODEL_TYPES
+
+
+def _stored(
+    name: str,
+    kind: Literal["build", "hub"],
+    path: Path,
+    *,
+    broken: str | None,
+    revision: str | None = None,
+    refs: tuple[str, ...] = (),
+) -> StoredModel:
+    files = {file.resolve() for file in path.rglob("*") if file.is_file()}
+    return StoredModel(
+        name=name,
+        kind=kind,
+        revision=revision,
+        refs=refs,
+        scheme=_scheme(path),
+        size_bytes=sum(file.stat().st_size for file in files),
+        path=path,
+        modified=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+        broken=broken,
+    )
+
+
+def _build_problem(directory: Path) -> str | None:
+    if directory.name.endswith(PARTIAL):
+        return "half-made"
+    return "failed its quality gate" if _failed_its_gate(directory) else checkpoint_problem(directory)
+
+
+def _failed_its_gate(directory: Path) -> bool:
+    gate = _read(directory / "quantization_card.json").get("gate")
+    return isinstance(gate, dict) and gate.get("passed") is False
+
+
+def _scheme(directory: Path) -> str | None:
+    """The scheme that a build's card states, else how the configuration says that the weights are stored."""
+    scheme = _read(directory / "quantization_card.json").get("scheme")
+    if isinstance(scheme, str):
+        return scheme
+    config = _read(directory / "config.json")
+    quantization = config.get("quantization_config")
+    value = quantization.get("quant_method") if isinstance(quantization, dict) else config.get("dtype")
+    value = value or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object that may be missing or damaged, which other checks report."""
+    try:
+        return read_json(path)
+    except MistralError:
+        return {}
+
+
+def _remove_pulled(model: StoredModel) -> None:
+    """Let huggingface_hub delete a revision, in view of its repository alone: copies share their commits."""
+    from huggingface_hub import scan_cache_dir
+
+    assert model.revision is not None
+    drop_dangling(model.name)
+    cache = scan_cache_dir(cache_directory())
+    own = frozenset(repo for repo in cache.repos if (repo.repo_type, repo.repo_id) == ("model", model.name))
+    replace(cache, repos=own).delete_revisions(model.revision).execute()

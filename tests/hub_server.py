@@ -1,0 +1,277 @@
+"""A small server that speaks the Hugging Face Hub's HTTP protocol on loopback, for tests.
+
+It serves directories as repositories: the listing of a revision, files with ETag, Content-Length and ranges,
+and large files by redirection to another host (another port here) that must never see a token. Refusals carry
+the Hub's status and X-Error-Code. Faults can be put on any path.
+
+    with HubServer({"mistralai/tiny": directory}) as hub:
+        subprocess.run([..., "pull", "mistralai/tiny"], env={..., "HF_ENDPOINT": hub.url})
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_aValidTokenOfTheTests"
+"""The one token that the server accepts."""
+
+Access = Literal["public", "gated", "private", "ungranted"]
+"""Who may read: all; all may list, the token may read; the token alone; all may list, nobody may read."""
+
+_LFS_SUFFIXES = {".safetensors", ".model", ".bin", ".gguf"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A served file: `digest` is its SHA-256 when it is in LFS, else its git hash."""
+
+    path: Path
+    size_bytes: int
+    digest: str
+    is_lfs: bool
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        content = path.read_bytes()
+        is_lfs = path.suffix in _LFS_SUFFIXES
+        git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+        return cls(path, len(content), hashlib.sha256(content).hexdigest() if is_lfs else git, is_lfs)
+
+    def listed_as(self, name: str) -> dict[str, Any]:
+        """The entry of a revision's listing."""
+        entry = {"rfilename": name, "size": self.size_bytes, "blobId": self._git_hash}
+        lfs = {"sha256": self.digest, "size": self.size_bytes, "pointerSize": 134}
+        return entry | ({"lfs": lfs} if self.is_lfs else {})
+
+    def in_tree_as(self, name: str) -> dict[str, Any]:
+        """The entry of a tree."""
+        entry = {"type": "file", "path": name, "size": self.size_bytes, "oid": self._git_hash}
+        lfs = {"oid": self.digest, "size": self.size_bytes, "pointerSize": 134}
+        return entry | ({"lfs": lfs} if self.is_lfs else {})
+
+    @property
+    def _git_hash(self) -> str:
+        """What git stores of a file in LFS is a pointer to it."""
+        return hashlib.sha1(self.digest.encode()).hexdigest() if self.is_lfs else self.digest
+
+
+@dataclass
+class Repository:
+    """A repository: commits by hash, branches and tags by name. `extra_entries` are listed as they are."""
+
+    access: Access = "public"
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    extra_entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def commit(self, directory: Path, ref: str) -> str:
+        """Add the files of `directory` as a commit that `ref` is then at; returns its hash."""
+        paths = sorted(path for path in directory.rglob("*") if path.is_file())
+        files = {path.relative_to(directory).as_posix(): File.of(path) for path in paths}
+        names = "".join(f"{name} {file.digest}\n" for name, file in files.items())
+        commit = hashlib.sha1(names.encode()).hexdigest()
+        self.commits[commit] = files
+        self.refs[ref] = commit
+        return commit
+
+
+@dataclass
+class Fault:
+    """What goes wrong on a path, the next `times` times.
+
+    `corrupt` changes one byte; `truncate` closes the connection after half of the body; `short` sends half of
+    it as if that were all; `html` answers with a page; `status` refuses with that status.
+    """
+
+    kind: Literal["corrupt", "truncate", "short", "html", "status"]
+    status: int = 503
+    headers: Mapping[str, str] = field(default_factory=dict)
+    times: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that came, as tests want to know it."""
+
+    host: Literal["hub", "cdn"]
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+class HubServer:
+    """The server; `url` is its endpoint while it is entered. `faults` maps a part of a path to a fault."""
+
+    def __init__(self, repos: Mapping[str, Path] | None = None) -> None:
+        self.repos: dict[str, Repository] = {}
+        self.faults: dict[str, Fault] = {}
+        self.requests: list[Request] = []
+        for repo_id, directory in (repos or {}).items():
+            self.add(repo_id, directory)
+        self._servers = {host: _server(self, host) for host in ("hub", "cdn")}
+
+    def add(self, repo_id: str, directory: Path, *, ref: str = "main", access: Access = "public") -> str:
+        """Serve `directory` as a commit of a repository; returns its hash."""
+        repository = self.repos.setdefault(repo_id, Repository(access))
+        return repository.commit(directory, ref)
+
+    def file(self, repo_id: str, name: str, ref: str = "main") -> File:
+        """A file that is served."""
+        repository = self.repos[repo_id]
+        return repository.commits[repository.refs[ref]][name]
+
+    @property
+    def url(self) -> str:
+        return self.url_of("hub")
+
+    def url_of(self, host: str) -> str:
+        return f"http://127.0.0.1:{self._servers[host].server_port}"
+
+    def paths(self, method: str = "GET") -> list[str]:
+        """The paths that were asked for, in order."""
+        return [request.path for request in self.requests if request.method == method]
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The fault that hits a request for `path`, if any; one of the body needs a request that has one."""
+        for part, fault in self.faults.items():
+            if part in path and fault.times > 0 and (method == "GET" or fault.kind in ("html", "status")):
+                fault.times -= 1
+                return fault
+        return None
+
+    def __enter__(self) -> Self:
+        for server in self._servers.values():
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for server in self._servers.values():
+            server.shutdown()
+            server.server_close()
+
+
+def _server(hub: HubServer, host: Literal["hub", "cdn"]) -> ThreadingHTTPServer:
+    handler = type("Handler", (_Handler,), {"hub": hub, "host": host})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    host: Literal["hub", "cdn"]
+    fault: Fault | None = None
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Tests look at `hub.requests` instead."""
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        self.hub.requests.append(Request(self.host, self.command, path, self.headers.get("Range"), token))
+        self.fault = self.hub.take_fault(self.command, path)
+        if self.fault is not None and self.fault.kind == "status":
+            return self._refuse(self.fault.status, headers=self.fault.headers)
+        if self.fault is not None and self.fault.kind == "html":
+            return self._send(b"<html>Please log in to this network.</html>", {"Content-Type": "text/html"})
+        if self.host == "cdn":
+            return self._send_file(self._in_cdn(path), {})
+        if token not in (None, f"Bearer {TOKEN}"):
+            return self._refuse(401, message="Invalid credentials in Authorization header")
+        return self._answer_as_hub(path, has_token=token is not None)
+
+    def _answer_as_hub(self, path: str, has_token: bool) -> None:
+        listing = re.fullmatch(r"/api/models/((?:[^/]+/)?[^/]+?)(?:/(?:revision|tree)/(.+))?", path)
+        resolved = re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = listing or resolved
+        if match is None:
+            return self._refuse(404)
+        repository = self.hub.repos.get(match[1])
+        if repository is None or (repository.access == "private" and not has_token):
+            return self._refuse(404 if has_token else 401, "RepoNotFound", "Repository not found")
+        revision = match[2] or "main"
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if resolved is None:
+            return self._send_listing(match[1], repository, commit, is_tree="/tree/" in path)
+        if repository.access == "ungranted" or (repository.access == "gated" and not has_token):
+            return self._refuse(
+                403 if has_token else 401, "GatedRepo", f"Access to {match[1]} is restricted."
+            )
+        file = repository.commits[commit].get(resolved[3])
+        if file is None:
+            return self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+        return self._resolve(file, commit)
+
+    def _send_listing(self, repo_id: str, repository: Repository, commit: str, *, is_tree: bool) -> None:
+        files = repository.commits[commit].items()
+        entries = [file.listed_as(name) for name, file in files] + repository.extra_entries
+        tree = [file.in_tree_as(name) for name, file in files]
+        answer = tree if is_tree else {"id": repo_id, "sha": commit, "tags": [], "siblings": entries}
+        self._send(json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, file: File, commit: str) -> None:
+        """A file itself; or, for a large one, where it is, with the metadata that huggingface_hub reads."""
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.digest}"'}
+        if not file.is_lfs:
+            return self._send_file(file, headers)
+        linked = {"X-Linked-Size": str(file.size_bytes), "X-Linked-Etag": f'"{file.digest}"'}
+        location = {"Location": f"{self.hub.url_of('cdn')}/{file.digest}?signature=of-the-tests"}
+        return self._send(b"", headers | linked | location, HTTPStatus.FOUND)
+
+    def _in_cdn(self, path: str) -> File:
+        commits = (files for repository in self.hub.repos.values() for files in repository.commits.values())
+        return next(file for files in commits for file in files.values() if path == f"/{file.digest}")
+
+    def _send_file(self, file: File, headers: Mapping[str, str]) -> None:
+        content, status = file.path.read_bytes(), HTTPStatus.OK
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked:
+            first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            content, status = content[first : last + 1], HTTPStatus.PARTIAL_CONTENT
+        self._send(content, {"Accept-Ranges": "bytes", **headers}, status)
+
+    def _refuse(
+        self, status: int, code: str = "", message: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        named = {"X-Error-Code": code, "X-Error-Message": message}
+        extra = {name: value for name, value in named.items() if value} | dict(headers or {})
+        body = json.dumps({"error": message or HTTPStatus(status).phrase}).encode()
+        self._send(body, {"Content-Type": "application/json", **extra}, status)
+
+    def _send(self, body: bytes, headers: Mapping[str, str], status: int = HTTPStatus.OK) -> None:
+        """Send an answer, with what the fault does to its body."""
+        kind = self.fault.kind if self.fault is not None else None
+        if kind == "corrupt":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if kind == "short":
+            body = body[: len(body) // 2]
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if kind == "truncate" else body)
+        if kind == "truncate":
+            self.close_connection = True

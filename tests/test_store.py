@@ -1,0 +1,398 @@
+"""Models on this machine: what a name means, what is listed, and what is removed."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from hub_models import PARAMS, write_checkpoint, write_weights
+from hypothesis import given
+from hypothesis import strategies as st
+from program import MISTRAL, environment, mistral
+
+from mistralcli import hub_cache, store
+from mistralcli.errors import IntegrityError, ModelNotFoundError, UsageError
+from mistralcli.hub_cache import HubModel, parse_hub_model
+from mistralcli.units import size_text
+
+MODEL = "mistralai/tiny"
+OLD, NEW = "0" * 39 + "1", "1" + "0" * 39
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Store and cache of this process are under the test's directory, which is also the working directory."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment(tmp_path).items():
+        if name.startswith("XDG_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def add_build(name: str, *, card: dict[str, Any] | None = None) -> Path:
+    directory = write_checkpoint(store.models_directory() / name)
+    if card is not None:
+        (directory / "quantization_card.json").write_text(json.dumps(card))
+    return directory
+
+
+def add_pulled(
+    repo_id: str = MODEL, *, commit: str = NEW, ref: str | None = "main", n_shards: int = 1, seed: int = 0
+) -> Path:
+    """A snapshot as huggingface_hub lays it out: links into blobs that are named by their content."""
+    repo = hub_cache.repo_directory(repo_id)
+    snapshot = repo / "snapshots" / commit
+    for directory in (repo / "blobs", repo / "refs", snapshot):
+        directory.mkdir(parents=True, exist_ok=True)
+    source = write_checkpoint(repo.parent / "source", n_shards=n_shards, seed=seed)
+    for path in source.iterdir():
+        blob = repo / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    source.rmdir()
+    if ref is not None:
+        (repo / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def test_finding_a_model_does_not_wait_for_heavy_packages(home: Path) -> None:
+    command = "import sys, mistralcli.store; print(sorted({'torch', 'huggingface_hub'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment(home), capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n"
+
+
+# What a name means
+
+
+def test_a_path_to_a_directory_comes_before_everything_else(home: Path) -> None:
+    add_pulled(MODEL)
+    assert store.resolve(str(write_checkpoint(home / "checkpoint"))) == home / "checkpoint"
+    assert store.resolve("./checkpoint") == Path("checkpoint")
+    write_checkpoint(home / MODEL)
+    assert store.resolve(MODEL) == Path(MODEL)
+
+
+def test_a_directory_s_bare_name_is_not_a_path(home: Path) -> None:
+    write_checkpoint(home / "tiny")
+    with pytest.raises(ModelNotFoundError):
+        store.resolve("tiny")
+
+
+def test_a_build_comes_before_a_pulled_model_of_the_same_name() -> None:
+    add_pulled("tiny")
+    build = add_build("tiny")
+    assert store.resolve("tiny") == build
+    shutil.rmtree(build)
+    assert store.resolve("tiny") == hub_cache.repo_directory("tiny") / "snapshots" / NEW
+
+
+def test_a_revision_is_a_branch_a_tag_a_commit_or_its_beginning() -> None:
+    old, new = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
+    assert store.resolve(MODEL) == new
+    assert store.resolve(f"{MODEL}@main") == new
+    for revision in ("v1.0", OLD, OLD[:7]):
+        assert store.resolve(f"{MODEL}@{revision}") == old
+    for revision in ("v2", OLD[:6], "0" * 40):
+        with pytest.raises(ModelNotFoundError):
+            store.resolve(f"{MODEL}@{revision}")
+
+
+def test_without_main_the_only_commit_is_meant_and_of_two_none() -> None:
+    only = add_pulled(commit=OLD, ref="v1.0")
+    assert store.resolve(MODEL) == only
+    add_pulled(commit=NEW, ref="v2.0", seed=2)
+    with pytest.raises(ModelNotFoundError):
+        store.resolve(MODEL)
+
+
+def test_mistral_s_own_layout_is_a_model(home: Path) -> None:
+    (home / "own").mkdir()
+    (home / "own" / "params.json").write_text(json.dumps(PARAMS))
+    write_weights(home / "own" / "consolidated.safetensors")
+    assert store.resolve("./own") == Path("own")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        (MODEL, f"get it with: mistral pull {MODEL}"),
+        (f"{MODEL}@v1", f"get it with: mistral pull {MODEL}@v1"),
+        ("tiny", "mistral list"),
+        ("./tiny", "mistral list"),
+        ("not a name", "mistral list"),
+        ("", "mistral list"),
+    ],
+)
+def test_a_missing_model_says_how_to_get_it(name: str, hint: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.resolve(name)
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_missing_model_names_the_nearest_that_is_here() -> None:
+    add_build("mistral-7b-int4")
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.resolve("mistral-7b-in4")
+    assert "did you mean mistral-7b-int4?" in (caught.value.hint or "")
+
+
+def test_a_directory_without_a_configuration_is_not_a_model(home: Path) -> None:
+    (home / "empty").mkdir()
+    with pytest.raises(ModelNotFoundError, match=r"neither config\.json nor params\.json"):
+        store.resolve("./empty")
+
+
+@pytest.mark.parametrize("lost", ["model-00002-of-00003.safetensors", "model.safetensors.index.json"])
+def test_a_checkpoint_without_all_its_weights_is_never_resolved(lost: str) -> None:
+    snapshot = add_pulled(n_shards=3)
+    (snapshot / "model-00002-of-00003.safetensors").resolve().unlink()
+    (snapshot / lost).unlink()
+    with pytest.raises(IntegrityError, match=r"1 of 3 weight files are missing, first model-00002-of-00003"):
+        store.resolve(MODEL)
+
+
+def test_an_index_that_is_not_an_index_is_an_integrity_error() -> None:
+    index = add_pulled(n_shards=2) / "model.safetensors.index.json"
+    index.resolve().write_text("{")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors\.index\.json"):
+        store.resolve(MODEL)
+
+
+def test_a_half_made_build_is_never_resolved(home: Path) -> None:
+    add_build("tiny.partial")
+    write_checkpoint(home / "other.partial")
+    for name in ("tiny.partial", "./other.partial"):
+        with pytest.raises(IntegrityError, match="half-made"):
+            store.resolve(name)
+
+
+# Names that become paths
+
+
+def test_a_build_s_name_is_a_directory_of_the_store_and_a_path_is_itself(home: Path) -> None:
+    assert store.build_directory("tiny-int4") == home / "data" / "mistral" / "models" / "tiny-int4"
+    assert store.build_directory("./tiny") == Path("tiny")
+    assert store.build_directory("/somewhere/tiny") == Path("/somewhere/tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a@b", "a b", "x.partial", "-x", "a..b", "a\nb", "a\x1b", "ä", "x" * 200]
+)
+def test_a_build_s_name_that_could_be_mistaken_is_refused(name: str) -> None:
+    with pytest.raises(UsageError):
+        store.build_directory(name)
+
+
+@given(st.text(st.sampled_from("ab/.-@_\\ \0~"), max_size=12) | st.text(max_size=8))
+def test_no_name_from_outside_leaves_the_cache(text: str) -> None:
+    try:
+        model = parse_hub_model(text)
+    except UsageError:
+        return
+    assert str(model) == text
+    cache = hub_cache.cache_directory()
+    assert hub_cache.repo_directory(model.repo_id).parent == cache
+    ref = Path(
+        os.path.normpath(hub_cache.repo_directory(model.repo_id) / "refs" / (model.revision or "main"))
+    )
+    assert hub_cache.repo_directory(model.repo_id) / "refs" in ref.parents
+
+
+@pytest.mark.parametrize(
+    "text", ["mistralai/Mistral-7B-Instruct-v0.3", "gpt2", "a/b@main", "a/b@refs/pr/1", "a_b/c.d@v1.0-rc+1"]
+)
+def test_real_names_are_names(text: str) -> None:
+    repo_id, _, revision = text.partition("@")
+    assert parse_hub_model(text) == HubModel(repo_id, revision or None)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"HF_HOME": "/hf"},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$HOME/hf"},
+        {"XDG_CACHE_HOME": "/cache"},
+        {"HF_HUB_CACHE": "/hub", "HF_HOME": "/hf"},
+        {"HUGGINGFACE_HUB_CACHE": "/hub"},
+    ],
+)
+def test_the_cache_is_where_huggingface_hub_has_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    theirs_environment = {**environment(home), **variables}
+    command = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    theirs = subprocess.run(
+        [sys.executable, "-c", command], env=theirs_environment, capture_output=True, text=True
+    )
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+        if name in theirs_environment:
+            monkeypatch.setenv(name, theirs_environment[name])
+    assert str(hub_cache.cache_directory()) == theirs.stdout.strip()
+
+
+# What is listed
+
+
+def test_builds_and_pulled_models_are_listed_with_what_they_are() -> None:
+    build = add_build("tiny-int4", card={"scheme": "int4-g128"})
+    snapshot = add_pulled(commit=OLD, ref="v1.0")
+    by_name = {model.name: model for model in store.list_models()}
+    assert set(by_name) == {"tiny-int4", MODEL}
+    listed, pulled = by_name["tiny-int4"], by_name[MODEL]
+    assert (listed.kind, listed.scheme, listed.path, listed.broken) == ("build", "int4-g128", build, None)
+    assert (pulled.kind, pulled.scheme, pulled.path, pulled.broken) == ("hub", "bfloat16", snapshot, None)
+    assert (pulled.revision, pulled.refs) == (OLD, ("v1.0",))
+    assert pulled.size_bytes == sum(path.stat().st_size for path in snapshot.iterdir())
+
+
+def test_what_is_broken_is_listed_as_such() -> None:
+    add_build("half.partial")
+    add_build("poor", card={"gate": {"passed": False}})
+    (add_build("empty") / "model.safetensors").unlink()
+    (add_pulled(n_shards=2) / "model-00001-of-00002.safetensors").unlink()
+    broken = {model.name: model.broken or "" for model in store.list_models()}
+    assert broken["half.partial"] == "half-made"
+    assert broken["poor"] == "failed its quality gate"
+    assert broken["empty"] == "its weights are missing"
+    assert "1 of 2 weight files are missing" in broken[MODEL]
+
+
+def test_models_of_other_kinds_in_the_shared_cache_are_left_out() -> None:
+    (add_pulled("openai/whisper") / "config.json").resolve().write_text('{"model_type": "whisper"}')
+    (add_pulled("someone/notes") / "config.json").unlink()
+    assert store.list_models() == []
+
+
+def test_the_list_is_a_table_or_json(home: Path) -> None:
+    assert mistral("list", home=home).stdout == ""
+    assert json.loads(mistral("list", "--json", home=home).stdout) == []
+    add_build("tiny-int4", card={"scheme": "int4-g128"})
+    add_build("half.partial")
+    add_pulled()
+
+    table = mistral("list", home=home).stdout.splitlines()
+    assert [line.split()[0] for line in table] == ["NAME", "half.partial", "tiny-int4", MODEL]
+    assert table[1].endswith("broken: half-made")
+    assert [line.split()[2] for line in table[2:]] == ["-", "main"]
+
+    (_, build, pulled) = json.loads(mistral("list", "--json", home=home).stdout)
+    assert (build["name"], build["kind"], build["scheme"], build["broken"]) == (
+        "tiny-int4",
+        "build",
+        "int4-g128",
+        None,
+    )
+    assert (pulled["name"], pulled["revision"], pulled["refs"]) == (MODEL, NEW, ["main"])
+
+
+def test_a_name_with_escape_bytes_is_listed_without_them(home: Path) -> None:
+    write_checkpoint(store.models_directory() / "evil\x1b[2J")
+    for flags in ([], ["--json"]):
+        listed = mistral("list", *flags, home=home)
+        assert listed.returncode == 0 and "evil" in listed.stdout and "\x1b" not in listed.stdout
+
+
+# What is removed
+
+
+def test_removing_a_revision_keeps_what_another_one_shares() -> None:
+    old, new = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
+    gone, kept = (old / "model.safetensors").resolve(), (old / "tokenizer.model").resolve()
+    (model,) = store.find(f"{MODEL}@v1.0")
+    store.remove(model)
+    assert not old.exists() and not gone.exists() and kept.exists()
+    assert store.resolve(MODEL) == new
+    assert hub_cache.refs(MODEL) == {"main": NEW}
+    assert not huggingface_hub.scan_cache_dir(hub_cache.cache_directory()).warnings
+
+
+def test_removing_all_revisions_leaves_nothing_of_the_model_and_all_of_its_copies() -> None:
+    add_pulled(commit=OLD, ref="v1.0", seed=1)
+    add_pulled(commit=NEW, seed=2)
+    copies = {f"copy{number}/tiny": add_pulled(f"copy{number}/tiny", commit=NEW) for number in range(5)}
+    for model in store.find(MODEL):
+        store.remove(model)
+    assert not hub_cache.repo_directory(MODEL).exists()
+    assert {name: store.resolve(name) for name in copies} == copies
+
+
+def test_a_broken_pulled_model_can_be_removed() -> None:
+    snapshot = add_pulled(n_shards=2)
+    (snapshot / "model-00001-of-00002.safetensors").resolve().unlink()
+    (hub_cache.repo_directory(MODEL) / "refs" / "gone").write_text(OLD)
+    (model,) = store.find(MODEL)
+    store.remove(model)
+    assert not hub_cache.repo_directory(MODEL).exists()
+
+
+def test_a_build_that_is_a_link_is_unlinked_and_its_target_stays(home: Path) -> None:
+    target = write_checkpoint(home / "elsewhere")
+    store.models_directory().mkdir(parents=True)
+    (store.models_directory() / "linked").symlink_to(target)
+    (model,) = store.find("linked")
+    store.remove(model)
+    assert target.is_dir() and store.list_models() == []
+
+
+@pytest.mark.parametrize("name", ["tiny-int4", "half.partial"])
+def test_a_build_is_removed_by_name_once_it_is_confirmed(home: Path, name: str) -> None:
+    directory = add_build(name)
+
+    refused = mistral("rm", name, home=home)
+    assert (refused.returncode, refused.stdout) == (2, "") and "--yes" in refused.stderr
+    assert directory.exists()
+
+    removed = mistral("rm", name, "--yes", home=home)
+    assert (removed.returncode, removed.stdout) == (0, "") and "removed" in removed.stderr
+    assert not directory.exists()
+
+    again = mistral("rm", name, "--yes", home=home)
+    assert again.returncode == 3 and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_removed"), [("y\n", True), ("yes\n", True), ("\n", False), ("n\n", False)]
+)
+def test_on_a_terminal_rm_asks_and_only_yes_is_yes(home: Path, answer: str, is_removed: bool) -> None:
+    directory = add_build("tiny-int4")
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [*MISTRAL, "rm", "tiny-int4"],
+        env=environment(home),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        os.write(ours, answer.encode())
+        printed, said = process.communicate()
+    os.close(ours)
+    os.close(theirs)
+    assert printed == b"" and b"remove tiny-int4 (200 kB)? [y/N]" in said
+    assert directory.exists() is not is_removed
+    assert process.returncode == (0 if is_removed else 1)
+
+
+@pytest.mark.parametrize("name", ["./checkpoint", "..", "/", "mistralai/missing", ""])
+def test_rm_removes_nothing_that_is_not_listed(home: Path, name: str) -> None:
+    directory = write_checkpoint(home / "checkpoint")
+    assert mistral("rm", name, "--yes", home=home).returncode == 3
+    assert directory.exists()
+
+
+def test_sizes_have_three_digits() -> None:
+    sizes = (0, 999, 1_000, 999_499, 999_500, 2_450_000, 14_483_464_192, 10**17)
+    expected = ["0 B", "999 B", "1.00 kB", "999 kB", "1.00 MB", "2.45 MB", "14.5 GB", "100 PB"]
+    assert [size_text(size) for size in sizes] == expected

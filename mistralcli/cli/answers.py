@@ -1,0 +1,83 @@
+"""What `run` and `chat` share: where a prompt comes from, loading a model, and a line of statistics."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mistralcli.cli import console
+from mistralcli.errors import ModelNotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from mistralcli.session import Completion, Session, SessionOptions
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt's parts in order: argument, file, and standard input when it is no terminal.
+
+    One newline at the end of the file and of standard input is not part of the prompt.
+
+    Raises:
+        UsageError: there is nothing to answer, or a source cannot be read as UTF-8 text.
+    """
+    parts = [prompt] if prompt not in (None, "-") else []
+    if file is not None and str(file) != "-":
+        parts.append(_read_file(file).removesuffix("\n"))
+    if prompt == "-" or str(file) == "-" or not console.is_terminal(sys.stdin):
+        parts.append(console.read_in().removesuffix("\n"))
+    text = "\n\n".join(part for part in parts if part)
+    if not text:
+        raise UsageError("there is no prompt", 'give one: mistral run "Why is the sky blue?", or pipe one in')
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text (byte {error.start})", "convert it first, e.g. with iconv"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":
+    """Resolve the model's name and load it, with a progress bar on a terminal.
+
+    Raises:
+        ModelNotFoundError: no model was named, or there is none of that name.
+    """
+    from mistralcli import store
+    from mistralcli.session import open_session
+
+    if model is None:
+        raise ModelNotFoundError(
+            "no model was named",
+            "name one with -m or in MISTRAL_CLI_MODEL; `mistral list` shows those that are here",
+        )
+    directory = store.resolve_to_run(model)
+    bar = contextlib.nullcontext(lambda done, total: None) if quiet else console.progress(f"loading {model}")
+    with bar as update:
+        return open_session(
+            directory, options, name=model, on_progress=update, on_note=_silent if quiet else console.note
+        )
+
+
+def _silent(message: str) -> None:
+    """What --quiet says."""
+
+
+def statistics(completion: "Completion") -> str:
+    """One line: tokens and speed of the prompt and of the answer, and why it ended."""
+    prefill_s, decode_s = completion.timings.prefill_s, completion.timings.decode_s
+    n_new, n_decoded = completion.n_prompt - completion.n_cached, len(completion.token_ids) - 1
+    parts = [
+        f"prompt {completion.n_prompt} tokens in {prefill_s:.2f} s ({n_new / max(prefill_s, 1e-9):.0f}/s)"
+    ]
+    parts.append(f"answer {len(completion.token_ids)} tokens in {decode_s:.2f} s")
+    if n_decoded > 0 and decode_s > 0:
+        parts[-1] += f" ({n_decoded / decode_s:.1f}/s)"
+    if completion.finish_reason == "length":
+        parts.append("cut off at the length limit")
+    return " · ".join(parts)

@@ -1,0 +1,144 @@
+"""The command table, and the one boundary where errors become a sentence and an exit code.
+
+A command's module is imported when the command is called: `mistral --help` needs only this table.
+"""
+
+import errno
+import functools
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from mistralcli import __version__
+from mistralcli.cli.console import show_error
+from mistralcli.errors import DiskError, MistralError
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """Where a command lives and what the overview says of it."""
+
+    target: str
+    summary: str
+
+
+_COMMANDS = {
+    "run": CommandSpec(
+        "mistralcli.cli.commands.run:run", "Answer one prompt, from the argument, a file or a pipe."
+    ),
+    "chat": CommandSpec("mistralcli.cli.commands.chat:chat", "Talk with a model in the terminal."),
+    "pull": CommandSpec("mistralcli.cli.commands.pull:pull", "Download a model from the Hugging Face Hub."),
+    "quantize": CommandSpec("mistralcli.cli.commands.quantize:quantize", "Make a smaller build of a model."),
+    "list": CommandSpec(
+        "mistralcli.cli.commands.list_models:list_models", "List the models on this machine."
+    ),
+    "show": CommandSpec("mistralcli.cli.commands.show:show", "Show a model: its shape, files and memory."),
+    "rm": CommandSpec("mistralcli.cli.commands.rm:rm", "Remove a model from this machine."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """A row of the table that becomes the real command when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        return _load(self.name).make_context(info_name, args, parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """The program's commands, in the table's order."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        spec = _COMMANDS.get(cmd_name)
+        return None if spec is None else LazyCommand(cmd_name, callback=None, help=spec.summary)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mistral {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def mistral(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Run Mistral models on your own machine: pull, quantize, run, chat."""
+
+
+def _load(name: str) -> Any:
+    """The real command: its function behind the signals' boundary, with the overview's line in front of its help."""
+    module, _, function = _COMMANDS[name].target.partition(":")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(_with_signals(getattr(importlib.import_module(module), function)))
+    return typer.main.get_command(single)
+
+
+def _with_signals(function: Callable[..., None]) -> Callable[..., None]:
+    """Make Ctrl-C and a closed pipe end the process by their signals, before Typer sees them."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            _die_of(signal.SIGINT)
+        except BrokenPipeError:
+            _die_of(signal.SIGPIPE)
+
+    return command
+
+
+def _die_of(number: signal.Signals) -> NoReturn:
+    """End as if the signal had not been caught, so that a shell sees 130 or 141 and its loops stop."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())  # what is still buffered has no reader
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    """Run the program and return its exit code; every known failure is one sentence on stderr, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except MistralError as error:
+        show_error(error)
+        return error.exit_code
+    except typer.TyperException as error:
+        show_error(MistralError(error.format_message(), "`mistral COMMAND --help` lists what it takes"))
+        return getattr(error, "exit_code", 2)
+    except typer.Abort:
+        _die_of(signal.SIGINT)
+    except OSError as error:
+        known = _from_os(error)
+        show_error(known)
+        return known.exit_code
+    if code == 128 + signal.SIGINT:
+        _die_of(signal.SIGINT)
+    return code if isinstance(code, int) else 0
+
+
+def _from_os(error: OSError) -> MistralError:
+    """An error of the operating system that no command foresaw, as one of ours."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskError(f"the disk is full{where}", "free some space and run the command again")
+    return MistralError(f"{error.strerror or error}{where}")

@@ -1,0 +1,102 @@
+"""`mistral quantize`: a model to a smaller build of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mistralcli.cli import console
+from mistralcli.units import size_text
+
+if TYPE_CHECKING:
+    from quant.checkpoint import BuildReport
+    from quant.scheme import Scheme
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hub id, or a directory with a checkpoint.")],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="The build's name; with a path separator, its directory."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="4 or 8 bits a weight (default 4).")] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", help="int4, int8, nf4 or llm.int8 (default: by --bits).")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option("--group-size", help="Weights that share a scale: 32, 64, 128; 0 is a whole row."),
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Store a zero point for each group.")
+    ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="Fail (exit 10) if a tensor's relative error is above this."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a build of the same name.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")] = False,
+) -> None:
+    """Make a smaller build of a model, tensor by tensor; prints the build's name.
+
+    The layers' linears are quantized, an untied head gets 8 bits, embedding and norms stay as they are.
+    """
+    from mistralcli import store
+    from quant.scheme import parse_scheme
+
+    chosen = parse_scheme(bits, scheme, group_size, symmetric=not asymmetric)
+    source = store.resolve(model)
+    name = output or f"{_repository_name(model, source)}-{_short_name(chosen.name)}"
+    destination = store.build_directory(name)
+    report = _build(model, source, destination, chosen, max_error, force)
+    if not quiet:
+        console.note(summary(report))
+    console.write_out(f"{name}\n")
+
+
+def _repository_name(model: str, source: Path) -> str:
+    """The model's own name in lower case: the repository's, or the directory's."""
+    repository = model.partition("@")[0]
+    return (
+        source.resolve().name if "/" not in repository or Path(model).is_dir() else Path(repository).name
+    ).lower()
+
+
+def _short_name(scheme: str) -> str:
+    """A scheme's name in a build's name, where int4 alone means groups of 128."""
+    return scheme.removesuffix("-g128") if scheme.startswith("int4") else scheme
+
+
+def _build(
+    model: str, source: Path, destination: Path, scheme: "Scheme", max_error: float | None, force: bool
+) -> "BuildReport":
+    """Quantize with a progress bar on a terminal."""
+    from mistralcli.config import hugging_face_config, read_config
+    from mistralcli.weights import open_checkpoint
+    from quant.checkpoint import quantize_checkpoint
+    from quant.scheme import default_head_scheme
+
+    has_own_config = (source / "config.json").is_file()
+    with console.progress(f"quantizing to {scheme.name}") as update:
+        return quantize_checkpoint(
+            open_checkpoint(source),
+            source,
+            destination,
+            scheme,
+            head_scheme=default_head_scheme(scheme),
+            config=None if has_own_config else hugging_face_config(read_config(source)),
+            source_name=model,
+            revision=source.resolve().name if source.parent.name == "snapshots" else None,
+            max_error=max_error,
+            replace=force,
+            on_progress=update,
+        )
+
+
+def summary(report: "BuildReport") -> str:
+    """One line: size before and after, bits per weight, the largest error, how long it took."""
+    return (
+        f"{size_text(report.size_before_bytes)} to {size_text(report.size_after_bytes)}, "
+        f"{report.bits_per_weight:.2f} bits a quantized weight, "
+        f"largest relative error {report.worst_error:.4f} ({report.worst_tensor}), {report.seconds:.0f} s"
+    )

@@ -1,0 +1,100 @@
+"""`mistral show`: a model's shape, its files, and whether it fits here."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mistralcli.cli import console
+from mistralcli.cli.options import DEFAULT_SLACK, Chunk, Ctx, Device, DType, Slack
+from mistralcli.units import size_text
+
+if TYPE_CHECKING:
+    from mistralcli.config import ModelConfig
+    from mistralcli.plan import MemoryPlan
+
+
+def show(
+    model: Annotated[str, typer.Argument(help="A Hub id, a local build's name, or a directory.")],
+    ctx: Ctx = None,
+    chunk: Chunk = None,
+    slack: Slack = DEFAULT_SLACK,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a model's shape, files, size, its cache at a context length, and whether it fits in memory here."""
+    from mistralcli import store
+    from mistralcli.config import read_config
+
+    directory = store.resolve(model)
+    config = read_config(directory)
+    plan = _plan(directory, config, ctx, chunk, slack, device, dtype)
+    facts = _facts(model, directory, config, plan)
+    console.write_out(json.dumps(facts) + "\n" if as_json else _as_text(facts))
+
+
+def _plan(
+    directory: Path,
+    config: "ModelConfig",
+    ctx: int | None,
+    chunk: int | None,
+    slack: int,
+    device: str | None,
+    dtype: str | None,
+) -> "MemoryPlan":
+    from mistralcli.device import choose_device, choose_dtype, default_chunk, free_memory_bytes
+    from mistralcli.plan import check_ctx, default_ctx, demand_of, plan_memory
+    from mistralcli.session import SessionOptions
+
+    SessionOptions(ctx, chunk, slack)  # refuses what a run would refuse
+    where = choose_device(device)
+    demand = demand_of(directory, choose_dtype(dtype, where), chunk or default_chunk(where), slack)
+    length = default_ctx(config) if ctx is None else check_ctx(config, ctx)
+    return plan_memory(config, demand, length, free_memory_bytes(where))
+
+
+def _facts(model: str, directory: Path, config: "ModelConfig", plan: "MemoryPlan") -> dict[str, Any]:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    card = directory / "quantization_card.json"
+    return {
+        "model": model,
+        "path": str(directory),
+        "config": {key: value for key, value in vars(config).items() if key != "quantization"},
+        "quantization": json.loads(card.read_text()) if card.is_file() else None,
+        "files": {path.name: path.stat().st_size for path in files},
+        "size_bytes": sum(path.stat().st_size for path in files),
+        "memory": {
+            "ctx": plan.ctx,
+            "weights_bytes": plan.weights_bytes,
+            "cache_bytes": plan.cache_bytes,
+            "workspace_bytes": plan.workspace_bytes,
+            "free_bytes": plan.free_bytes,
+            "fits": plan.fits,
+        },
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    """The facts as lines of `name  value`; names and values come from files, so they are escaped on a terminal."""
+    config, memory = facts["config"], facts["memory"]
+    rows = [("model", facts["model"]), ("path", facts["path"]), ("size", size_text(facts["size_bytes"]))]
+    rows += [(key, _value(key, value)) for key, value in config.items()]
+    rows += [("files", "")] + [(f"  {name}", size_text(size)) for name, size in facts["files"].items()]
+    rows += [("memory", f"at a context of {memory['ctx']} tokens")]
+    rows += [
+        (f"  {part}", size_text(memory[f"{part}_bytes"]))
+        for part in ("weights", "cache", "workspace", "free")
+    ]
+    rows += [("  fits here", "yes" if memory["fits"] else "no")]
+    width = max(len(name) for name, _ in rows) + 2
+    return "".join(f"{name:<{width}}{value}".rstrip() + "\n" for name, value in rows)
+
+
+def _value(key: str, value: Any) -> str:
+    """Windows of all layers in one word where they are equal."""
+    if key == "sliding_windows":
+        kinds = list(dict.fromkeys("none" if window is None else str(window) for window in value))
+        return kinds[0] if len(kinds) == 1 else ", ".join("none" if w is None else str(w) for w in value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,124 @@
+"""The boundary to the terminal: data goes to stdout raw, everything said about it goes to stderr.
+
+Text that came from a model, a file or the network passes through `printable` before it reaches a terminal,
+and never through markup. Into a pipe it goes unchanged (`write_out`).
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from mistralcli.errors import MistralError, UsageError
+
+# C0 controls but tab and newline, DEL, C1 controls; bidi embeddings, overrides and isolates; lone surrogates.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Update(Protocol):
+    """Reports progress; the total may change on the way. Fits `on_progress(done_bytes, total_bytes)`."""
+
+    def __call__(self, done_bytes: int, total_bytes: int | None = None) -> None: ...
+
+
+def printable(text: str) -> str:
+    r"""`text` with every character that could command or deceive a terminal shown as `\x1b` or `\u202e`.
+
+    Newlines and tabs stay. Works character by character, so pieces of a stream can be given as they come.
+    """
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether `stream` is an open terminal (Python sets a standard stream that is closed to None)."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def is_smart_terminal(stream: TextIO | None) -> bool:
+    """Whether `stream` is a terminal that understands cursor movement, which TERM=dumb denies."""
+    return is_terminal(stream) and os.environ.get("TERM") != "dumb"
+
+
+def note(message: str) -> None:
+    """Say `message` on stderr, as one line of its own."""
+    if sys.stderr is not None:  # else print would take stdout
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Say on stderr that something is not as the user may think."""
+    note(f"warning: {message}")
+
+
+def error_text(error: MistralError) -> str:
+    """What failed and, on a second line, what to do about it."""
+    return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
+
+
+def show_error(error: MistralError) -> None:
+    """Say on stderr what failed and what to do about it."""
+    note(error_text(error))
+
+
+def write_out(text: str) -> None:
+    """Write `text` to stdout now: escaped on a terminal, else unchanged and in UTF-8 whatever the locale.
+
+    Raises BrokenPipeError when nobody reads any more; `mistralcli.cli.app.main` turns it into exit code 141.
+    """
+    if is_terminal(sys.stdout):
+        data = printable(text).encode(sys.stdout.encoding, errors="backslashreplace")
+    else:
+        data = text.encode("utf-8", errors="replace")
+    sys.stdout.flush()  # what was printed before comes first
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def read_in() -> str:
+    """All of stdin as UTF-8 text. Raises UsageError when it is something else."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 text (byte {error.start})",
+            "convert it first, for example with iconv",
+        ) from None
+
+
+@contextmanager
+def progress(description: str, total_bytes: int | None = None) -> Iterator[Update]:
+    """A progress bar on stderr while the block runs, when that is a terminal; gives `update(done_bytes)`."""
+    if not is_smart_terminal(sys.stderr):
+        yield _no_update
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    # stdout stays as it is: Rich would send to stderr what is printed there meanwhile.
+    with rich_progress.Progress(
+        *columns, console=Console(stderr=True), redirect_stdout=False, transient=True
+    ) as bar:
+        task = bar.add_task(printable(description), total=total_bytes)
+
+        def update(done_bytes: int, total_bytes: int | None = None) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes)
+
+        yield update
+
+
+def _no_update(done_bytes: int, total_bytes: int | None = None) -> None:
+    """Nobody is watching."""

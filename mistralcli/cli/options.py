@@ -1,0 +1,84 @@
+"""Options that several commands share, so that a flag means the same everywhere."""
+
+from typing import Annotated
+
+import typer
+
+_SAMPLING = "Sampling"
+_ENGINE = "Engine"
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", envvar="MISTRAL_CLI_MODEL", help="A Hub id, a local build's name, or a directory."
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "-n", "--max-tokens", min=0, help="Stop after so many tokens (default: when the model ends)."
+    ),
+]
+
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "-t", "--temperature", help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", help="Keep the likeliest tokens up to this probability.", rich_help_panel=_SAMPLING
+    ),
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        "--top-k", help="Keep so many of the likeliest tokens; 0 is off.", rich_help_panel=_SAMPLING
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", help="Drop tokens below this share of the likeliest's.", rich_help_panel=_SAMPLING
+    ),
+]
+RepeatPenalty = Annotated[
+    float,
+    typer.Option(
+        "--repeat-penalty", help="Above 1, tokens that occurred are less likely.", rich_help_panel=_SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same answer.", rich_help_panel=_SAMPLING)
+]
+
+Ctx = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx", help="Context length (default: the model's, as far as it fits).", rich_help_panel=_ENGINE
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option("--chunk", help="Prompt tokens that are processed at once.", rich_help_panel=_ENGINE),
+]
+Slack = Annotated[
+    int,
+    typer.Option(
+        "--slack", help="Cache slots beyond a sliding window; 1 is the least.", rich_help_panel=_ENGINE
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cuda or cpu (default: cuda where usable).", rich_help_panel=_ENGINE),
+]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16 to compute in.", rich_help_panel=_ENGINE),
+]
+
+DEFAULT_TEMPERATURE = 0.7
+DEFAULT_SLACK = 512

@@ -1,6 +1,8 @@
 """The Mistral transformer: RMSNorm, rotary embedding, grouped-query sliding-window attention, SwiGLU.
 
 Module names are mistral-inference's. The model knows nothing of quantization: `linear` makes its layers.
+Parameters are made empty, for `weights` to fill: torch's own layers would initialize them, and on the meta device
+that imports a second's worth of modules.
 """
 
 from collections.abc import Callable
@@ -17,15 +19,37 @@ LinearFactory = Callable[[str, int, int], nn.Module]
 """Makes a linear layer without bias from its name in the model, in_features and out_features."""
 
 
+class Linear(nn.Module):
+    """`x wᵀ`: (..., in_features) to (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
 def dense_linear(name: str, in_features: int, out_features: int) -> nn.Module:
     """The factory for unquantized weights."""
-    return nn.Linear(in_features, out_features, bias=False)
+    return Linear(in_features, out_features)
+
+
+class Embedding(nn.Module):
+    """Rows of a table: token ids (...) to (..., dim)."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +131,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
             TransformerBlock(config, linear, f"layers.{i}") for i in range(config.n_layers)
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from mistralcli.config import ModelConfig, read_config, read_json
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
-from mistralcli.model import LinearFactory, Transformer, dense_linear
+from mistralcli.model import Embedding, LinearFactory, Transformer, dense_linear
 from quant.linear import QuantizedLinear
 from quant.scheme import schemes_of
 from quant.tensors import TensorSpec
@@ -216,7 +216,7 @@ def load_model(
         if isinstance(module, QuantizedLinear):
             _load_quantized(checkpoint, name, module, device)
         else:
-            keep = isinstance(module, nn.Embedding) and not config.tied_embeddings
+            keep = isinstance(module, Embedding) and not config.tied_embeddings
             module.weight = _dense_parameter(checkpoint, f"{name}.weight", device, None if keep else dtype)
         checkpoint.release()
         done += sizes[name]

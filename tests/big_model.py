@@ -31,6 +31,7 @@ MISTRAL_7B = {
 }
 
 _BLOCK_BYTES = 16 << 20
+_WIDTHS = {"BF16": 2, "I32": 4, "I64": 8}
 
 Entry = tuple[str, str, tuple[int, ...], bytes]
 """Name, safetensors type, shape, and the bytes that are repeated to fill it."""
@@ -86,20 +87,24 @@ def entries(config: dict[str, object], int4: bool) -> Iterator[Entry]:
         yield dense("lm_head", (vocab, dim), noise)
 
 
-def write_file(path: Path, tensors: list[Entry]) -> None:
-    """One safetensors file of the entries."""
-    widths = {"BF16": 2, "I32": 4, "I64": 8}
+def header_of(tensors: list[Entry]) -> tuple[bytes, int]:
+    """The bytes before the data of a file of these tensors, and the size of the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, kind, shape, _ in tensors:
-        size = math.prod(shape) * widths[kind]
+        size = math.prod(shape) * _WIDTHS[kind]
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def write_file(path: Path, tensors: list[Entry]) -> None:
+    """One safetensors file of the entries."""
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(tensors)[0])
         for _, kind, shape, block in tensors:
-            size = math.prod(shape) * widths[kind]
+            size = math.prod(shape) * _WIDTHS[kind]
             whole = block * max(1, min(size, _BLOCK_BYTES) // len(block))
             for start in range(0, size, len(whole)):
                 file.write(whole[: size - start])
@@ -127,6 +132,16 @@ def write_checkpoint(directory: Path, config: dict[str, object], *, int4: bool =
     full = config | ({"quantization_config": int4_config()} if int4 else {})
     (directory / "config.json").write_text(json.dumps(full))
     write_file(directory / "model.safetensors", list(entries(config, int4)))
+
+
+def write_sparse_checkpoint(directory: Path, config: dict[str, object]) -> None:
+    """A dense checkpoint whose data is a hole in its file: all zeros, and no room on the disk."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    header, size = header_of(list(entries(config, int4=False)))
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _repository_name(model: str, source: Path) -> str:
 
 def _short_name(scheme: str) -> str:
     """A scheme's name in a build's name, where int4 alone means groups of 128."""
-    return scheme.removesuffix("-g128") if scheme.startswith("int4") else scheme
+    return scheme.replace("int4-g128", "int4")
 
 
 def _build(

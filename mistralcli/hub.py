@@ -104,7 +104,7 @@ def pull(
         return _already_here(wanted)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, our errors say
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also sends which agent runs it and torch's version
-    source, listing = _list_files(wanted, *_credentials(token))
+    source, listing = _list_files(wanted, *find_token(token))
     files = choose_files(wanted.repo_id, listing)
     _refuse_unsupported(source, files[0])
     _require_space(source, files)
@@ -133,7 +133,7 @@ def _already_here(model: HubModel) -> Path:
     return snapshot
 
 
-def _credentials(flag: str | None) -> tuple[str | Literal[False], str | None]:
+def find_token(flag: str | None) -> tuple[str | Literal[False], str | None]:
     """The token to send, or False, and where it came from: flag, environment, or the file of `hf auth login`.
 
     A token with characters that no token has is refused here: the HTTP library's own refusal would show it.

@@ -14,6 +14,7 @@ from mistralcli import __version__
 
 LAYERS = [
     ["mistralcli.__main__", "mistralcli.cli"],
+    ["mistralcli.doctor"],
     ["mistralcli.session"],
     ["mistralcli.plan"],
     ["mistralcli.engine", "mistralcli.weights"],
@@ -28,7 +29,7 @@ LAYERS = [
     ["mistralcli.template_sandbox", "mistralcli.detokenizer", "mistralcli.conversation"],
     ["mistralcli.hub", "mistralcli.store"],
     ["mistralcli.hub_cache", "mistralcli.hub_errors", "mistralcli.hub_files"],
-    ["mistralcli.config", "mistralcli.units"],
+    ["mistralcli.config", "mistralcli.units", "mistralcli.demo"],
     ["mistralcli.errors"],
     ["quant"],
 ]

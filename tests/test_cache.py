@@ -1,6 +1,5 @@
 """The rolling-buffer cache: the ring equals the full mask, whatever the window, the chunks and the lengths."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -32,7 +32,9 @@ def test_2_a_value_out_of_range(tiny_model_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["chat"], ["show"], ["quantize"], ["rm", "--yes"]])
 def test_3_a_model_that_is_not_here(command: list[str], tmp_path: Path) -> None:
-    assert_one_sentence(mistral(*command, "mistralai/None-7B", home=tmp_path, stdin="Hi"), 3, "mistralai/None-7B")
+    assert_one_sentence(
+        mistral(*command, "mistralai/None-7B", home=tmp_path, stdin="Hi"), 3, "mistralai/None-7B"
+    )
 
 
 def test_3_no_model_is_named(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ def is_smart_terminal(stream: TextIO | None) -> bool:
     return is_terminal(stream) and os.environ.get("TERM") != "dumb"
 
 
+def has_color(stream: TextIO | None) -> bool:
+    """Whether what is written to `stream` may be coloured: a terminal that can show it, unless NO_COLOR is set."""
+    return is_smart_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
 def note(message: str) -> None:
     """Say `message` on stderr, as one line of its own."""
     if sys.stderr is not None:  # else print would take stdout

@@ -30,7 +30,7 @@ def doctor(
         if not as_json:
             _write(finding)
     if as_json:
-        console.write_out(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+        console.write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)
 
@@ -47,4 +47,4 @@ def _write(finding: "Finding") -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.splitlines())

@@ -23,6 +23,7 @@ from quant.safetensors_file import SafetensorsWriter, file_size_bytes
 from quant.scheme import Scheme, quantization_config
 from quant.staging import CARD, staged
 from quant.tensors import TensorSource, TensorSpec
+from quant.tiles import map_tiles
 
 __all__ = ["BuildReport", "TensorSource", "TensorSpec", "quantize_checkpoint"]
 
@@ -48,7 +49,7 @@ COPIED_FILES = (
 _JSON_BYTES = 1 << 20
 """More than configuration, index and card take."""
 
-_TILE_WEIGHTS = 1 << 20
+_TILE_WEIGHTS = 1 << 19
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -202,22 +203,21 @@ def _write_quantized(
     linear.load_stored(stored, torch.device("cpu"))
     error = _relative_error(weight, linear)
     if not math.isfinite(error):
-        raise UsageError(
-            f"{tensor.name} has values beyond the range of {scheme.name} scales in a model in {dtype}"
-        )
+        raise UsageError(f"{tensor.name} has values that {scheme.name} cannot hold", "choose another scheme")
     return error
 
 
 def _relative_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     """`‖w − ŵ‖ / ‖w‖` (Frobenius), a tile of rows at a time; of a weight that is all 0 the error is absolute."""
-    squared_error = squared_norm = 0.0
-    tile_rows = max(1, _TILE_WEIGHTS // linear.in_features)
-    for start in range(0, linear.out_features, tile_rows):
-        tile = weight[start : start + tile_rows].float()
-        difference = linear.dense_rows(start, start + len(tile)) - tile
-        squared_error += float(torch.linalg.vector_norm(difference)) ** 2
-        squared_norm += float(torch.linalg.vector_norm(tile)) ** 2
-    return math.sqrt(squared_error / (squared_norm or 1.0))
+
+    def norms(rows: slice) -> tuple[float, float]:
+        tile = weight[rows].float()
+        difference = linear.dense_rows(rows.start, rows.stop) - tile
+        return float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(tile))
+
+    tiles = map_tiles(norms, linear.out_features, max(1, _TILE_WEIGHTS // linear.in_features))
+    error, norm = (math.hypot(*values) for values in zip(*tiles, strict=True))
+    return error / (norm or 1.0)
 
 
 def _quantized_config(planned: Sequence[PlannedTensor], dtype: torch.dtype) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     stored = pad(stored, (0, -codes.shape[1] % (WORD_BITS // bits)))
     if bits == 4:
         stored = stored[:, 0::2] | stored[:, 1::2] << 4
-    return stored.contiguous().view(torch.int32)
+    return stored.flatten().view(torch.int32).view(len(codes), -1)
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:

@@ -56,11 +56,11 @@ def parse_scheme(
     Raises:
         UsageError: a value is unknown, or two of them exclude each other.
     """
-    name = scheme or {None: "int4", 4: "int4", 8: "int8"}.get(bits)
-    own_bits = {"int4": 4, "int8": 8, "nf4": 4, "llm.int8": 8}.get(name or "")
-    if name is None or own_bits is None:
+    name = {None: "int4", 4: "int4", 8: "int8"}.get(bits, "") if scheme is None else scheme
+    own_bits = {"int4": 4, "int8": 8, "nf4": 4, "llm.int8": 8}.get(name)
+    if own_bits is None:
         raise UsageError(
-            f"there is no scheme for {scheme or bits!r}",
+            f"there is no scheme {scheme!r}" if scheme is not None else f"there is no scheme of {bits} bits",
             "choose --bits 4 or 8, or one of int4, int8, nf4, llm.int8",
         )
     if bits not in (None, own_bits):

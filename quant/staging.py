@@ -31,8 +31,9 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[P
         raise UsageError(f"{destination} exists already", "choose another name" if replace else hint)
     partial = destination.with_name(destination.name + PARTIAL)
     with _disk_errors(destination, needed_bytes):
-        if partial.exists():
-            shutil.rmtree(partial)
+        for leftover in (partial, _replaced(destination)):
+            if leftover.exists():
+                shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         try:
             if free_bytes(partial) < needed_bytes:
@@ -69,13 +70,16 @@ def _put_in_place(partial: Path, destination: Path) -> None:
     """Make `partial` durable and rename it; a build that it replaces is removed last."""
     for path in (*partial.iterdir(), partial):
         _sync(path)
-    replaced = destination.with_name(f"{destination.name}.replaced{PARTIAL}")
     if destination.exists():
-        destination.rename(replaced)
+        destination.rename(_replaced(destination))
     partial.rename(destination)
     _sync(destination.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(_replaced(destination), ignore_errors=True)
+
+
+def _replaced(destination: Path) -> Path:
+    """Where a build is put while another takes its place."""
+    return destination.with_name(f"{destination.name}.replaced{PARTIAL}")
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from quant.errors import MistralError
+from quant.formats import names
 from quant.schemes.float4 import Float4
 from quant.schemes.llm_int8 import LlmInt8
 
@@ -13,10 +14,10 @@ HEAD = "lm_head"
 def read(config: Mapping[str, Any]) -> Callable[[str], Float4 | LlmInt8 | None]:
     """Which scheme a module has. Without a list of skipped modules the head alone is dense."""
     scheme = _scheme(config)
-    skipped = config.get("llm_int8_skip_modules") or [HEAD]
+    skipped = names("llm_int8_skip_modules", config.get("llm_int8_skip_modules")) or [HEAD]
 
     def scheme_of(module: str) -> Float4 | LlmInt8 | None:
-        return None if any(_names(one, module) for one in skipped) else scheme
+        return None if any(_covers(one, module) for one in skipped) else scheme
 
     return scheme_of
 
@@ -39,7 +40,7 @@ def _scheme(config: Mapping[str, Any]) -> Float4 | LlmInt8:
     return Float4(quant_type, bool(config.get("bnb_4bit_use_double_quant")))
 
 
-def _names(skipped: str, module: str) -> bool:
+def _covers(skipped: str, module: str) -> bool:
     """A skipped name covers the modules it is a suffix of, and those inside the module that it names."""
     return module.endswith(skipped) or f"{module}.".startswith(f"{skipped}.")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from quant.errors import MistralError
+from quant.formats import names
 from quant.schemes.affine import Affine
 
 FORMAT = "pack-quantized"
@@ -28,11 +29,9 @@ def read(config: Mapping[str, Any]) -> Callable[[str], Affine | None]:
         MistralError: what is stored is of a kind that is not supported; it is named.
     """
     _refuse_unsupported(config)
-    ignored = [_pattern(target) for target in config.get("ignore") or ()]
-    targets = sorted(
-        (_priority(target), target, scheme) for target, scheme in _targets(config.get("config_groups"))
-    )
-    patterns = [(_pattern(target), scheme) for _, target, scheme in targets]
+    ignored = [_pattern(target) for target in names("ignore", config.get("ignore"))]
+    targets = sorted(_targets(config.get("config_groups")), key=lambda item: (_priority(item[0]), item[0]))
+    patterns = [(_pattern(target), scheme) for target, scheme in targets]
 
     def scheme_of(module: str) -> Affine | None:
         if any(pattern.match(module) for pattern in ignored):
@@ -44,9 +43,12 @@ def read(config: Mapping[str, Any]) -> Callable[[str], Affine | None]:
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     supported = {"format": FORMAT, "quantization_status": "compressed"}
-    supported |= dict.fromkeys(("kv_cache_scheme", "sparsity_config", "transform_config"), "")
     for key, value in supported.items():
         if (config.get(key) or value) != value:
+            _refuse(key, config[key])
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        # llm-compressor used to write a sparsity_config for dense weights too.
+        if config.get(key) and not (key == "sparsity_config" and config[key].get("format") == "dense"):
             _refuse(key, config[key])
 
 
@@ -66,7 +68,7 @@ def _targets(groups: object) -> Iterator[tuple[str, Affine]]:
         for key, supported in (("format", FORMAT), ("input_activations", None), ("output_activations", None)):
             if group.get(key) not in (None, supported):
                 _refuse(key, group[key])
-        for target in group.get("targets") or ():
+        for target in names("targets", group.get("targets")):
             if target == "Embedding":
                 _refuse("targets", target)
             yield target, _scheme(group["weights"])
@@ -89,7 +91,7 @@ def _scheme(weights: Mapping[str, Any]) -> Affine:
     if by_group and not isinstance(weights.get("group_size"), int):
         _refuse("group_size", weights.get("group_size"))
     group_size = weights["group_size"] if by_group else None
-    return Affine(weights["num_bits"], group_size, bool(weights.get("symmetric", True)))
+    return Affine(int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
 
 
 def _priority(target: str) -> int:

@@ -16,10 +16,11 @@ from quant.errors import IntegrityError
 from quant.linear import QuantizedLinear
 from quant.schemes.bnb import bitsandbytes
 from quant.tensors import TensorSpec
+from quant.tiles import map_tiles
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-TILE_WEIGHTS = 1 << 20
+TILE_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,19 @@ class Float4:
         out_features, in_features = weight.shape
         whole_blocks = BLOCK_SIZE // math.gcd(BLOCK_SIZE, in_features)
         tile_rows = whole_blocks * max(1, TILE_WEIGHTS // (in_features * whole_blocks))
-        tiles = (
-            functional.quantize_4bit(tile.contiguous(), blocksize=BLOCK_SIZE, quant_type=self.quant_type)
-            for tile in torch.split(weight, tile_rows)
-        )
-        packed, states = zip(*tiles, strict=True)
+
+        def quantize_rows(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            tile = weight[rows].contiguous()
+            packed, state = functional.quantize_4bit(tile, blocksize=BLOCK_SIZE, quant_type=self.quant_type)
+            return packed, state.absmax
+
+        packed, absmax = zip(*map_tiles(quantize_rows, out_features, tile_rows), strict=True)
+        state = self._state(out_features, in_features, dtype)
         return {
             "weight": torch.cat(packed),
-            "weight.absmax": torch.cat([state.absmax for state in states]),
-            "weight.quant_map": states[0].code,
-            self.state_suffix: torch.tensor(
-                list(self._state(out_features, in_features, dtype)), dtype=torch.uint8
-            ),
+            "weight.absmax": torch.cat(absmax),
+            "weight.quant_map": functional.get_4bit_type(self.quant_type, device="cpu"),
+            self.state_suffix: torch.tensor(list(state), dtype=torch.uint8),
         }
 
     def linear(self, in_features: int, out_features: int) -> "Float4Linear":
@@ -95,7 +97,10 @@ class Float4:
 
 
 class Float4Linear(QuantizedLinear):
-    """Computes as bitsandbytes' Linear4bit does in eval mode, on the bytes as they are stored."""
+    """Computes with bitsandbytes' matmul_4bit, on the bytes as they are stored, in x's dtype.
+
+    (Its own layer repacks the weight on some CPUs, and then computes in bfloat16.)
+    """
 
     qweight: torch.Tensor
     absmax: torch.Tensor

@@ -12,8 +12,9 @@ from quant.errors import IntegrityError
 from quant.linear import QuantizedLinear
 from quant.schemes.bnb import bitsandbytes
 from quant.tensors import TensorSpec
+from quant.tiles import map_tiles
 
-TILE_WEIGHTS = 1 << 20
+TILE_WEIGHTS = 1 << 18
 ROW_MAJOR = 0
 """The only `weight_format` that bitsandbytes still writes."""
 
@@ -46,17 +47,19 @@ class LlmInt8:
 
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The stored tensors of a weight, by suffix, made from float16 as bitsandbytes makes them."""
-        quantize_rows = bitsandbytes().functional.int8_vectorwise_quant
-        tiles = torch.split(weight, max(1, TILE_WEIGHTS // weight.shape[1]))
-        codes, scales, _ = zip(*(quantize_rows(tile.to(torch.float16)) for tile in tiles), strict=True)
-        return {"weight": torch.cat(codes), "SCB": torch.cat(scales), "weight_format": _row_major()}
+        functional = bitsandbytes().functional
+
+        def quantize_rows(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, scales, _ = functional.int8_vectorwise_quant(weight[rows].to(torch.float16))
+            return codes, scales
+
+        tile_rows = max(1, TILE_WEIGHTS // weight.shape[1])
+        codes, scales = zip(*map_tiles(quantize_rows, len(weight), tile_rows), strict=True)
+        row_major = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
+        return {"weight": torch.cat(codes), "SCB": torch.cat(scales), "weight_format": row_major}
 
     def linear(self, in_features: int, out_features: int) -> "LlmInt8Linear":
         return LlmInt8Linear(self, in_features, out_features)
-
-
-def _row_major() -> torch.Tensor:
-    return torch.tensor(ROW_MAJOR, dtype=torch.uint8)
 
 
 class LlmInt8Linear(QuantizedLinear):

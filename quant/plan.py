@@ -14,6 +14,7 @@ from quant.tensors import TensorSource, TensorSpec
 HEAD = "lm_head"
 _LAYER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ORIGINAL = "quantize the original model in bfloat16, float16 or float32"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan_tensors(
         module, _, kind = name.rpartition(".")
         if tied and module == HEAD:
             continue
-        spec = source.spec(name)
+        spec = _float_spec(name, source)
         chosen = head_scheme if module == HEAD else scheme if _LAYER_LINEAR.fullmatch(module) else None
         if chosen is None or kind != "weight":
             planned.append(PlannedTensor(name, spec, None, {name: spec}))
@@ -65,12 +66,16 @@ def plan_tensors(
     return planned
 
 
+def _float_spec(name: str, source: TensorSource) -> TensorSpec:
+    spec = source.spec(name)
+    if spec.dtype not in _FLOATS:
+        raise UsageError(f"{name} is a {spec.dtype} tensor, which cannot be quantized", _ORIGINAL)
+    return spec
+
+
 def _quantized(name: str, module: str, spec: TensorSpec, scheme: Scheme, dtype: torch.dtype) -> PlannedTensor:
-    if spec.dtype not in _FLOATS or len(spec.shape) != 2:
-        raise UsageError(
-            f"{name} is a {spec.dtype} tensor of shape {list(spec.shape)}, which cannot be quantized",
-            "quantize the original model in bfloat16, float16 or float32",
-        )
+    if len(spec.shape) != 2:
+        raise UsageError(f"{name} has shape {list(spec.shape)}, which is no matrix to quantize", _ORIGINAL)
     out_features, in_features = spec.shape
     fitting = scheme.for_in_features(in_features)
     specs = fitting.specs(out_features, in_features, dtype)

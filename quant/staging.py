@@ -1,6 +1,7 @@
 """A directory that appears complete or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,22 +21,19 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[Path]:
     """Yield a new directory, `destination` + ".partial", which takes its place on leaving without an error.
 
-    On an error it is removed. A process that is killed leaves it; the next one for this destination removes it.
+    On an error it is removed. A process that is killed leaves it; the next one for this destination empties it.
 
     Raises:
-        UsageError: the destination exists, and `replace` is off or it is no build.
-        DiskError: there is no room for `needed_bytes`, or something cannot be written.
+        UsageError: the destination exists, and `replace` is off or it is no build; or another process is making it.
+        DiskError: there is no room for `needed_bytes`, or something cannot be written or read.
     """
     if destination.exists() and not (replace and (destination / CARD).is_file()):
         hint = "choose another name, or replace it with --force"
         raise UsageError(f"{destination} exists already", "choose another name" if replace else hint)
     partial = destination.with_name(destination.name + PARTIAL)
-    with _disk_errors(destination, needed_bytes):
-        for leftover in (partial, _replaced(destination)):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+    with _disk_errors(destination, needed_bytes), _claimed(partial, destination):
         try:
+            shutil.rmtree(_replaced(destination), ignore_errors=True)
             if free_bytes(partial) < needed_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield partial
@@ -45,6 +43,26 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[P
             raise
 
 
+@contextmanager
+def _claimed(partial: Path, destination: Path) -> Iterator[None]:
+    """Make `partial`, or empty the one that is there, locked against other processes; a killed one lets go."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+            raise BlockingIOError  # the other process was done between our two calls
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    except BlockingIOError:
+        raise UsageError(
+            f"another process is making {destination}", "wait for it, or choose another name"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
 def free_bytes(directory: Path) -> int:
     """What an ordinary user may still write to the disk of `directory`."""
     return shutil.disk_usage(directory).free
@@ -52,10 +70,12 @@ def free_bytes(directory: Path) -> int:
 
 @contextmanager
 def _disk_errors(destination: Path, needed_bytes: int) -> Iterator[None]:
-    """Failures to write, as DiskError with the numbers."""
+    """Failures to write, as DiskError with the numbers; and to read: those have the name of another file."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and destination.name not in str(error.filename):
+            raise DiskError(f"{error.filename} cannot be read: {error.strerror}") from error
         existing = next(parent for parent in destination.absolute().parents if parent.exists())
         if error.errno in _FULL:
             raise DiskError(

@@ -285,9 +285,11 @@ def test_a_build_is_not_quantized_again(source: Path, tmp_path: Path) -> None:
         build(tmp_path / "build", tmp_path / "again")
 
 
-def to_float8(weights: dict[str, torch.Tensor]) -> None:
-    name = "model.layers.0.mlp.up_proj.weight"
-    weights[name] = weights[name].to(torch.float8_e4m3fn)
+def to_float8(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+
+    return change
 
 
 def without_layers(weights: dict[str, torch.Tensor]) -> None:
@@ -296,7 +298,12 @@ def without_layers(weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(to_float8, r"up_proj\.weight .*float8"), (without_layers, "no linear layers")]
+    ("change", "message"),
+    [
+        (to_float8("model.layers.0.mlp.up_proj.weight"), r"up_proj\.weight .*float8"),
+        (to_float8("model.embed_tokens.weight"), r"embed_tokens\.weight .*float8"),
+        (without_layers, "no linear layers"),
+    ],
 )
 def test_what_cannot_be_quantized_is_said(
     change: Callable[[dict[str, torch.Tensor]], None], message: str, source: Path, tmp_path: Path
@@ -347,6 +354,28 @@ def test_a_replacement_that_fails_leaves_the_old_build(source: Path, tmp_path: P
         build(source, tmp_path / "build", replace=True, on_progress=stop)
     assert card(tmp_path / "build")["scheme"] == "int8"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["build", "source"]
+
+
+def test_of_two_that_make_the_same_build_the_second_is_refused(source: Path, tmp_path: Path) -> None:
+    second: list[str] = []
+
+    def start_another(done: int, total: int) -> None:
+        if not second:
+            with pytest.raises(UsageError, match="another process is making") as caught:
+                build(source, tmp_path / "build")
+            second.append(caught.value.message)
+
+    build(source, tmp_path / "build", on_progress=start_another)
+    assert second and load(tmp_path / "build")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["build", "source"]
+
+
+def test_a_source_that_cannot_be_read_is_not_called_a_failure_to_write(source: Path, tmp_path: Path) -> None:
+    def lose_the_source(done: int, total: int) -> None:
+        (source / "tekken.json").unlink(missing_ok=True)
+
+    with pytest.raises(DiskError, match=r"source/tekken\.json cannot be read: No such file"):
+        build(source, tmp_path / "build", on_progress=lose_the_source)
 
 
 IN_A_PROCESS = """

@@ -178,6 +178,7 @@ def test_weights_that_are_on_a_grid_are_kept_exactly(scheme: Affine) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_searched_clip_is_never_worse_than_none(bits: int, symmetric: bool) -> None:
+    torch.manual_seed(4)
     rows = torch.distributions.StudentT(3.0).sample((32, 256))  # type: ignore[no-untyped-call]
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     q_min, q_max = -(1 << bits - 1), (1 << bits - 1) - 1
@@ -191,6 +192,13 @@ def test_the_searched_clip_is_never_worse_than_none(bits: int, symmetric: bool) 
     zeros = 0 if found.zeros is None else found.zeros.float()
     ours = (found.codes.float() - zeros) * found.scales.float()
     assert ((ours - rows).norm(dim=1) <= (plain - rows).norm(dim=1) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("scheme", [Affine(4, 128), Affine(8)], ids=by_name)
+def test_small_weights_lose_no_more_in_float16_than_in_bfloat16(scheme: Scheme) -> None:
+    w = torch.randn((64, 1024), generator=torch.Generator().manual_seed(5)) * 1e-4
+    in_half, in_bfloat16 = (relative_error(scheme, w.to(dtype)) for dtype in (torch.float16, torch.bfloat16))
+    assert in_half < 1.1 * in_bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

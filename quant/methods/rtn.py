@@ -53,7 +53,7 @@ def _grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (as `scale_dtype` has it, never 0) and zero point of codes that cover lowest … highest, and 0."""
     q_min, q_max = -(1 << bits - 1), (1 << bits - 1) - 1
-    tiny = torch.finfo(scale_dtype).tiny
+    tiny = _smallest(scale_dtype)
     if symmetric:
         scale = torch.where(-lowest > highest, lowest, highest) / q_min
         scale = torch.where(scale.abs() < tiny, tiny, scale).to(scale_dtype).float()
@@ -61,6 +61,12 @@ def _grid(
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     scale = ((highest - lowest) / (q_max - q_min)).clamp(min=tiny).to(scale_dtype).float()
     return scale, (q_min - lowest / scale).round().clamp(q_min, q_max)
+
+
+def _smallest(scale_dtype: torch.dtype) -> float:
+    """The least scale, with a finite reciprocal in float32: float16 needs its subnormals for weights of 1e-4."""
+    info = torch.finfo(scale_dtype)
+    return max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
 
 
 def _round(

@@ -92,7 +92,8 @@ def quantize_checkpoint(
         UsageError: the source is quantized, or the destination exists.
         IntegrityError: the source has no configuration, or a tensor with NaN or Inf, which is named.
         DiskError: the build does not fit on the disk, or cannot be written.
-        QualityError: a tensor's error is above its limit. The build is there, its card marked as failed.
+        QualityError: a tensor's error is above its limit. The build is there, its card marked as failed; but one that
+            it was to replace stays.
     """
     started = time.monotonic()
     hf_config = dict(_read_json(source_dir / "config.json") if config is None else config)
@@ -114,12 +115,14 @@ def quantize_checkpoint(
         hashes = {file.name: file_hash(file, progress.advance) for file in source.files()}
         origin = {"name": source_name, "revision": revision, "files": hashes}
         verdict = gate(errors, scheme.max_error if max_error is None else max_error)
+        if destination.exists() and not verdict.passed:
+            raise _gate_failed(verdict, f"{destination} stays as it was")
         _write_json(partial / CARD, card(origin, scheme.name, planned, errors, verdict))
         if len(shards) > 1:
             _write_json(partial / "model.safetensors.index.json", _index(shards))
         _write_json(partial / "config.json", hf_config | _quantized_config(planned, dtype))
     if not verdict.passed:
-        raise _gate_failed(destination, verdict)
+        raise _gate_failed(verdict, f"{destination} is marked as failed")
     return BuildReport(
         path=destination,
         size_before_bytes=sum(tensor.spec.nbytes for tensor in planned),
@@ -244,10 +247,10 @@ def _index(shards: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, Any]:
     return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _gate_failed(destination: Path, verdict: Gate) -> QualityError:
+def _gate_failed(verdict: Gate, outcome: str) -> QualityError:
     return QualityError(
         f"{verdict.worst_tensor} has a relative error of {verdict.worst_error:.4f}, "
-        f"above the limit of {verdict.max_error:.4f}; {destination} is marked as failed",
+        f"above the limit of {verdict.max_error:.4f}; {outcome}",
         "choose smaller groups or more bits, or raise the limit with --max-error",
     )
 

@@ -135,7 +135,9 @@ class HubServer:
         return self.url_of("hub")
 
     def url_of(self, host: str) -> str:
-        return f"http://127.0.0.1:{self._servers[host].server_port}"
+        """Two names for one address: huggingface_hub 1 takes two ports of one name for one host."""
+        name = {"hub": "127.0.0.1", "cdn": "localhost"}[host]
+        return f"http://{name}:{self._servers[host].server_port}"
 
     def paths(self, method: str = "GET") -> list[str]:
         """The paths that were asked for, in order."""

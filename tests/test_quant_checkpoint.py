@@ -324,6 +324,14 @@ def test_the_gate_fails_a_build_and_marks_it(source: Path, tmp_path: Path) -> No
     assert f"{verdict['worst_error']:.4f}" in caught.value.message
 
 
+def test_a_build_that_fails_its_gate_replaces_none(source: Path, tmp_path: Path) -> None:
+    build(source, tmp_path / "build", Affine(8))
+    with pytest.raises(QualityError, match="stays as it was"):
+        build(source, tmp_path / "build", max_error=0.05, replace=True)
+    assert card(tmp_path / "build")["scheme"] == "int8"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["build", "source"]
+
+
 def test_an_existing_build_is_replaced_only_when_asked(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "build", Affine(8))
     with pytest.raises(UsageError, match="exists already"):

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mistralcli.config import ModelConfig
-from mistralcli.device import is_out_of_memory
-from mistralcli.errors import NotEnoughMemoryError
+from mistralcli.device import out_of_memory_as
 
 DEFAULT_SLACK = 512
 GROWTH_SLOTS = 1024
@@ -78,8 +77,11 @@ class LayerCache:
         missing = n_slots - self.keys.shape[2]
         if missing > 0:
             padding = (0, 0, 0, missing)
-            self.keys = torch.nn.functional.pad(self.keys, padding)
-            self.values = torch.nn.functional.pad(self.values, padding)
+            # Both or neither: memory may run out at the second.
+            self.keys, self.values = (
+                torch.nn.functional.pad(self.keys, padding),
+                torch.nn.functional.pad(self.values, padding),
+            )
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
         """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
@@ -95,7 +97,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers and, for each sequence, the last position written."""
+    """The caches of all layers and, for each sequence, the last position that counts (`last`)."""
 
     def __init__(
         self,
@@ -115,22 +117,19 @@ class KVCache:
         self.slack = slack
         self.max_seq_len = max_seq_len
         self.last = torch.full((n_seqs,), -1, dtype=torch.int64, device=device)
+        self._furthest = -1  # the furthest position ever written: a rewind brings no overwritten slot back
         self._grows = torch.device(device).type == "cpu"
         rings = [Ring.of(window, max_seq_len, slack) for window in config.sliding_windows]
         self.rings = tuple(dict.fromkeys(rings))
-        try:
+        size_bytes = cache_size_bytes(config, max_seq_len, n_seqs=n_seqs, slack=slack, dtype=dtype)
+        with out_of_memory_as(
+            f"a cache for {max_seq_len} positions ({size_bytes / 1e9:.2f} GB) does not fit on {device}",
+            "ask for a shorter context with --ctx",
+        ):
             self.layers = [
                 LayerCache(ring, torch.zeros(self._shape(config, ring), dtype=dtype, device=device))
                 for ring in rings
             ]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = cache_size_bytes(config, max_seq_len, n_seqs=n_seqs, slack=slack, dtype=dtype)
-            raise NotEnoughMemoryError(
-                f"a cache for {max_seq_len} positions ({size / 1e9:.2f} GB) does not fit on {device}",
-                "ask for a shorter context with --ctx",
-            ) from error
 
     def _shape(self, config: ModelConfig, ring: Ring) -> tuple[int, int, int, int]:
         n_slots = 0 if self._grows else ring.capacity
@@ -144,12 +143,13 @@ class KVCache:
     def begin(self, positions: torch.Tensor) -> list[Piece]:
         """Make room for a chunk and say how its tokens are written and what they see, in pieces.
 
-        positions: (n_seqs, n_tokens), one after the other in each sequence, −1 for padding. `last` moves on at
-        once: a chunk that is interrupted counts as written, so that `can_rewind` stays on the safe side.
+        positions: (n_seqs, n_tokens), one after the other in each sequence, −1 for padding. They count as
+        written at once: after a chunk that was interrupted, `can_rewind` is on the safe side.
         """
         n_positions = int(positions.max()) + 1
         assert n_positions <= self.max_seq_len, f"position {n_positions - 1} in a cache of {self.max_seq_len}"
         self._reserve(n_positions)
+        self._furthest = max(self._furthest, n_positions - 1)
         starts = range(0, positions.shape[1], self.slack)
         return [self._piece(positions, slice(start, start + self.slack)) for start in starts]
 
@@ -174,13 +174,14 @@ class KVCache:
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""
-        last = int(self.last.max())
-        return all(last < max(ring.capacity, n_positions + self.slack) for ring in self.rings)
+        return all(self._furthest < max(ring.capacity, n_positions + self.slack) for ring in self.rings)
 
     def rewind(self, n_positions: int) -> None:
         """Forget all positions from `n_positions` on; 0 is always possible, else `can_rewind` must hold."""
         assert n_positions == 0 or self.can_rewind(n_positions)
         self.last.clamp_(max=n_positions - 1)
+        if n_positions == 0:
+            self._furthest = -1
 
 
 def cache_size_bytes(

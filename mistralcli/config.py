@@ -1,18 +1,27 @@
 """The shape of a model, read from a checkpoint directory: `config.json` (Hugging Face) or `params.json` (Mistral)."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
+from quant.files import open_tensors, read_json, weight_files
+
+__all__ = ["MODEL_TYPES", "ModelConfig", "hugging_face_config", "read_config", "read_json"]
 
 MODEL_TYPES = frozenset({"mistral", "ministral"})
 """The `model_type`s of config.json that this program runs."""
 
+_LARGEST_SIZE = 2**20
+_MOST_LAYERS = 1024
+"""What no model comes near: with larger values its shape alone would not fit in memory, or in 64 bits."""
+
 _MINISTRAL_8B_SHAPE = (36, 4096, 12288, 131072, 32768)
 _MINISTRAL_8B_WINDOWS = (None, 32768, 32768, 32768) * 9
+
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise IntegrityError(
-                    f"the configuration has {name} = {getattr(self, name)}; it must be positive"
-                )
+            _require(name, getattr(self, name), 1 <= getattr(self, name) <= _LARGEST_SIZE, "from 1 to 2^20")
+        _require("max_seq_len", self.max_seq_len, self.max_seq_len >= 2, "2 or more")
+        _require("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "above 0")
+        _require("norm_eps", self.norm_eps, 0 <= self.norm_eps < math.inf, "0 or more")
         if self.n_heads % self.n_kv_heads:
             raise IntegrityError(
                 f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly"
@@ -53,6 +62,11 @@ class ModelConfig:
             raise IntegrityError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
         if any(window is not None and window < 1 for window in self.sliding_windows):
             raise IntegrityError(f"a sliding window must be at least 1: {self.sliding_windows}")
+
+
+def _require(name: str, value: float, good: bool, what: str) -> None:
+    if not good:
+        raise IntegrityError(f"the configuration has {name} = {value}; it must be {what}")
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -71,7 +85,7 @@ def read_config(directory: Path) -> ModelConfig:
                 return parse(raw, directory)
             except KeyError as error:
                 raise IntegrityError(f"{path} has no value for {error.args[0]!r}") from error
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise IntegrityError(f"{path} has a value of the wrong kind: {error}") from error
     raise ModelNotFoundError(
         f"{directory} is not a model: it has neither config.json nor params.json",
@@ -79,41 +93,55 @@ def read_config(directory: Path) -> ModelConfig:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or IntegrityError naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} cannot be read as JSON: {error}", "pull the model again") from error
+def _whole(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number; a null is as good as none. Raises KeyError where there is none and no default."""
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
+        raise KeyError(key)
+    if type(value) is not int:
+        raise ValueError(f"{key} is {value!r}, not a whole number")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
+        raise KeyError(key)
+    if type(value) not in (int, float):
+        raise ValueError(f"{key} is {value!r}, not a number")
+    return float(value)
+
+
+def _object(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A JSON object, empty where there is none."""
+    value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise IntegrityError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{key} is {value!r}, not an object")
     return value
 
 
 def _from_hugging_face(raw: dict[str, Any], directory: Path) -> ModelConfig:
     """Values that config.json leaves out are those of transformers' MistralConfig."""
     _refuse_unsupported(raw)
-    n_layers, n_heads, dim = (
-        int(raw["num_hidden_layers"]),
-        int(raw["num_attention_heads"]),
-        int(raw["hidden_size"]),
-    )
+    dim, n_heads = _whole(raw, "hidden_size"), _whole(raw, "num_attention_heads")
+    # A null means that every head has keys and values of its own.
+    n_kv_heads = _whole(raw, "num_key_value_heads", n_heads if "num_key_value_heads" in raw else 8)
     return ModelConfig(
         dim=dim,
-        n_layers=n_layers,
+        n_layers=_whole(raw, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=int(raw.get("num_key_value_heads", 8) or n_heads),
-        head_dim=int(raw.get("head_dim") or dim // n_heads),
-        hidden_dim=int(raw["intermediate_size"]),
-        vocab_size=int(raw["vocab_size"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(raw),
-        max_seq_len=int(raw.get("max_position_embeddings", 4096 * 32)),
-        sliding_windows=_windows_by_layer(raw, n_layers),
+        n_kv_heads=n_kv_heads,
+        head_dim=_whole(raw, "head_dim", dim // max(n_heads, 1)),
+        hidden_dim=_whole(raw, "intermediate_size"),
+        vocab_size=_whole(raw, "vocab_size"),
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=_number(_object(raw, "rope_parameters"), "rope_theta", _number(raw, "rope_theta", 1e4)),
+        max_seq_len=_whole(raw, "max_position_embeddings", 4096 * 32),
+        sliding_windows=_windows_by_layer(raw),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        eos_ids=_eos_ids(raw, directory),
+        eos_ids=_eos_ids(directory),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-        quantization=raw.get("quantization_config"),
+        quantization=_object(raw, "quantization_config") or None,
     )
 
 
@@ -126,20 +154,15 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise MistralError(f"the activation {raw['hidden_act']!r} is not supported, only 'silu' (SwiGLU)")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise MistralError(f"rotary scaling of type {kind!r} is not supported yet")
+    for rope in (_object(raw, "rope_scaling"), _object(raw, "rope_parameters")):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise MistralError(f"rotary scaling of type {kind!r} is not supported yet")
 
 
-def _rope_theta(raw: dict[str, Any]) -> float:
-    parameters = raw.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-
-
-def _windows_by_layer(raw: dict[str, Any], n_layers: int) -> tuple[int | None, ...]:
+def _windows_by_layer(raw: dict[str, Any]) -> tuple[int | None, ...]:
     """One window per layer: uniform, or by `layer_types` (transformers' Ministral)."""
-    window = raw.get("sliding_window", 4096)
+    n_layers = _n_layers(raw, "num_hidden_layers")
     shape = tuple(
         raw.get(key)
         for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "sliding_window")
@@ -147,63 +170,92 @@ def _windows_by_layer(raw: dict[str, Any], n_layers: int) -> tuple[int | None, .
     if shape == _MINISTRAL_8B_SHAPE and "layer_types" not in raw:
         # Ministral-8B-2410's config.json states one uniform window; the model was trained with these.
         return _MINISTRAL_8B_WINDOWS
-    kinds = raw.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * n_layers
+    window = _window(raw.get("sliding_window", 4096))
+    kinds = raw.get("layer_types") or ["sliding_attention"] * n_layers
     if len(kinds) != n_layers:
         raise IntegrityError(f"config.json has {len(kinds)} layer_types for {n_layers} layers")
-    return tuple(
-        int(window) if kind == "sliding_attention" and window is not None else None for kind in kinds
-    )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _eos_ids(raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
-    """The end-of-sequence ids: generation_config.json's when it has any (it may list more), else config.json's."""
-    generation = directory / "generation_config.json"
-    value = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    value = raw.get("eos_token_id") if value is None else value
-    if value is None:
-        return ()
-    return tuple(int(one) for one in value) if isinstance(value, list) else (int(value),)
+def _n_layers(raw: dict[str, Any], key: str) -> int:
+    """The number of layers, checked before a list is made of that length."""
+    n_layers = _whole(raw, key)
+    _require(key, n_layers, 1 <= n_layers <= _MOST_LAYERS, f"from 1 to {_MOST_LAYERS}")
+    return n_layers
+
+
+def _window(value: Any) -> int | None:
+    return None if value is None else _whole({"sliding_window": value}, "sliding_window")
+
+
+def _eos_ids(directory: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json and config.json: one id, a list of ids or none in each."""
+    ids: list[int] = []
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in values):
+            raise IntegrityError(f"{path} has an eos_token_id that is no token id: {value!r}")
+        ids += values
+    return tuple(dict.fromkeys(ids))
 
 
 def _from_mistral(raw: dict[str, Any], directory: Path) -> ModelConfig:
     for key in ("moe", "vision_encoder", "yarn", "quantization"):
         if raw.get(key):
             raise MistralError(f"params.json of {directory.name} asks for {key!r}, which is not supported")
-    dim, n_layers, n_heads = int(raw["dim"]), int(raw["n_layers"]), int(raw["n_heads"])
+    dim, n_heads = _whole(raw, "dim"), _whole(raw, "n_heads")
     window = raw.get("sliding_window", raw.get("_sliding_window"))
-    # FACTS: a missing theta means 1e6 without a window and 1e4 with one.
-    theta = raw.get("rope_theta") or (1e4 if window else 1e6)
     return ModelConfig(
         dim=dim,
-        n_layers=n_layers,
+        n_layers=_whole(raw, "n_layers"),
         n_heads=n_heads,
-        n_kv_heads=int(raw.get("n_kv_heads") or n_heads),
-        head_dim=int(raw.get("head_dim") or dim // n_heads),
-        hidden_dim=int(raw["hidden_dim"]),
-        vocab_size=int(raw["vocab_size"]),
-        norm_eps=float(raw["norm_eps"]),
-        rope_theta=float(theta),
-        max_seq_len=int(raw.get("max_position_embeddings") or raw.get("max_seq_len") or 32768),
-        sliding_windows=_repeat_windows(window, n_layers),
+        n_kv_heads=_whole(raw, "n_kv_heads", n_heads),
+        head_dim=_whole(raw, "head_dim", dim // max(n_heads, 1)),
+        hidden_dim=_whole(raw, "hidden_dim"),
+        vocab_size=_whole(raw, "vocab_size"),
+        norm_eps=_number(raw, "norm_eps"),
+        # FACTS: a missing theta means 1e6 without a window and 1e4 with one.
+        rope_theta=_number(raw, "rope_theta", 1e4 if window else 1e6),
+        max_seq_len=_whole(raw, "max_position_embeddings", _whole(raw, "max_seq_len", 32768)),
+        sliding_windows=_repeat_windows(window, _n_layers(raw, "n_layers")),
         tied_embeddings=bool(raw.get("tied_embeddings", False)),
-        eos_ids=(),
-        dtype="bfloat16",
+        eos_ids=_eos_ids(directory),
+        dtype=_stored_dtype(directory),
     )
 
 
-def _repeat_windows(window: int | list[int | None] | None, n_layers: int) -> tuple[int | None, ...]:
+def _repeat_windows(window: Any, n_layers: int) -> tuple[int | None, ...]:
     """params.json states one window for all layers, or a pattern that repeats over them."""
     pattern = window if isinstance(window, list) else [window]
     if not pattern or n_layers % len(pattern):
         raise IntegrityError(f"params.json's sliding_window has {len(pattern)} entries for {n_layers} layers")
-    return tuple(None if one is None else int(one) for one in pattern) * (n_layers // len(pattern))
+    return tuple(_window(one) for one in pattern) * (n_layers // len(pattern))
+
+
+def _stored_dtype(directory: Path) -> str:
+    """The type of the weights, which params.json does not state: that of the first tensor."""
+    for name in weight_files(directory, "consolidated"):
+        if (directory / name).is_file():
+            with open_tensors(directory / name) as file:
+                code: str = file.get_slice(min(file.keys())).get_dtype()
+            return _DTYPE_NAMES.get(code, code)
+    return "bfloat16"
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that states `config`, for a checkpoint that came with `params.json` alone."""
-    windows = set(config.sliding_windows)
-    by_layer = {}
+    """The `config.json` that states `config`, for a checkpoint that came with `params.json` alone.
+
+    Raises:
+        MistralError: its layers have windows of different lengths, which config.json cannot state.
+    """
+    windows = {window for window in config.sliding_windows if window is not None}
     if len(windows) > 1:
+        raise MistralError(
+            f"config.json cannot state layers with different windows: {config.sliding_windows}"
+        )
+    by_layer = {}
+    if windows and None in config.sliding_windows:
         kinds = [
             "full_attention" if window is None else "sliding_attention" for window in config.sliding_windows
         ]
@@ -222,7 +274,7 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,
-        "sliding_window": max((window for window in windows if window is not None), default=None),
+        "sliding_window": max(windows, default=None),
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": config.dtype,
         **by_layer,

@@ -1,11 +1,13 @@
 """Which device and type a model runs with, and how much memory it has."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
-from mistralcli.errors import UsageError
+from mistralcli.errors import NotEnoughMemoryError, UsageError
 
 DTYPES = {
     "float32": torch.float32,
@@ -18,6 +20,12 @@ DTYPES = {
 
 DEFAULT_CHUNK = {"cuda": 2048}
 CPU_CHUNK = 512
+
+_CGROUP_FILES = {
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+    "": ("memory.max", "memory.current", "file", "shmem"),
+}
+"""By the controller's name, which version 2 leaves empty: the files with limit and use, and two keys of memory.stat."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -68,27 +76,53 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes)
-    return min(int(psutil.virtual_memory().available), _cgroup_room_bytes())
+    groups = Path("/proc/self/cgroup")
+    rooms = cgroup_rooms_bytes(groups.read_text() if groups.is_file() else "", Path("/sys/fs/cgroup"))
+    return min([int(psutil.virtual_memory().available), *rooms])
 
 
-def _cgroup_room_bytes() -> int:
-    folder = Path("/sys/fs/cgroup")
+def cgroup_rooms_bytes(groups: str, root: Path) -> list[int]:
+    """What the control groups of a process and those above them still let it take, for each that has a limit.
+
+    groups: the content of /proc/self/cgroup. root: where control groups are mounted. Version 1 keeps memory in
+    a folder of its own. A container may see paths that are not mounted in it; those above them count.
+    """
+    rooms = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in set(controllers.split(",")) & _CGROUP_FILES.keys():
+            group = Path(path.lstrip("/"))
+            folders = [root / controller / above for above in (group, *group.parents)]
+            rooms += [room for folder in folders if (room := _room_bytes(folder, controller)) is not None]
+    return rooms
+
+
+def _room_bytes(folder: Path, controller: str) -> int | None:
+    """Limit less use, where the page cache does not count: it is given back on demand, but for what tmpfs holds."""
+    limit, usage, cache, shmem = _CGROUP_FILES[controller]
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        # The page cache counts as used, yet is given back on demand.
-        cached = _stat_bytes(folder / "memory.stat", "file")
-    except (OSError, ValueError):
-        return 1 << 62
-    return 1 << 62 if limit == "max" else int(limit) - used + cached
+        limit_bytes = int((folder / limit).read_text())
+        used_bytes = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit_bytes - used_bytes + int(stat.get(cache, 0)) - int(stat.get(shmem, 0))
+    except (OSError, ValueError):  # not there, or the limit is "max"
+        return None
 
 
-def _stat_bytes(path: Path, key: str) -> int:
-    fields = dict(line.split() for line in path.read_text().splitlines())
-    return int(fields.get(key, 0))
+@contextmanager
+def out_of_memory_as(message: str, hint: str) -> Iterator[None]:
+    """Turn an error that says that memory ran out into a NotEnoughMemoryError with this message and hint."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(message, hint) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    on_cpu = isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("DefaultCPUAllocator", "Cannot allocate memory")
+    )
     return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))

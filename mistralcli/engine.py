@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 
 from mistralcli.cache import DEFAULT_SLACK, KVCache
-from mistralcli.device import is_out_of_memory
-from mistralcli.errors import ContextOverflowError, NotEnoughMemoryError
+from mistralcli.device import out_of_memory_as
+from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
 
 FinishReason = Literal["stop", "length"]
@@ -59,20 +59,20 @@ class Engine:
         *,
         stop_ids: frozenset[int] = frozenset(),
         max_tokens: int | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Generator[int, None, FinishReason]:
-        """Yield the completion id by id; returns why it ended. A stop id ends it and is not yielded.
+        """Yield the completion of the only sequence, id by id; returns why it ended.
 
-        `on_prefill` is called after each chunk with the prompt tokens done so far and in all. Closing the
-        generator, or an exception in the midst of it, leaves the cache usable.
+        A stop id ends it and is not yielded. Closing the generator, or an exception in the midst of it, leaves
+        the cache usable.
 
         Raises:
             ContextOverflowError: the prompt leaves no room for one token.
         """
+        assert len(self.cache.last) == 1, "several sequences go through prefill and step"
         self.require_room(len(token_ids))
         so_far = list(token_ids)
         room = self.max_seq_len - len(so_far)
-        logits = self._prefill_new(so_far, on_prefill)
+        logits = self._prefill_new(so_far)
         for n_left in range(room if max_tokens is None else min(room, max_tokens), 0, -1):
             token_id = choose(logits, so_far)
             if token_id in stop_ids:
@@ -101,9 +101,7 @@ class Engine:
             n_common += 1
         return n_common if self.cache.can_rewind(n_common) else 0
 
-    def _prefill_new(
-        self, token_ids: list[int], on_prefill: Callable[[int, int], None] | None
-    ) -> torch.Tensor:
+    def _prefill_new(self, token_ids: list[int]) -> torch.Tensor:
         """Run what the cache does not hold yet, and return the logits after the last id: (vocab_size,)."""
         n_done = self.n_reusable(token_ids)
         self.cache.rewind(n_done)
@@ -111,8 +109,6 @@ class Engine:
         while n_done < len(token_ids):
             logits = self._extend(token_ids[n_done : n_done + self.chunk])
             n_done = len(self.token_ids)
-            if on_prefill is not None:
-                on_prefill(n_done, len(token_ids))
         return logits
 
     def _extend(self, token_ids: list[int]) -> torch.Tensor:
@@ -125,17 +121,13 @@ class Engine:
 
     @torch.no_grad()
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        try:
+        with out_of_memory_as(
+            f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
+            "ask for a shorter --ctx or a smaller --chunk, or close other programs",
+        ):
             hidden: torch.Tensor = self.model(
                 token_ids.to(self.device), positions.to(self.device), self.cache
             )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise NotEnoughMemoryError(
-                f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
-                "ask for a shorter --ctx or a smaller --chunk, or close other programs",
-            ) from error
         return hidden
 
     @torch.no_grad()
@@ -168,8 +160,16 @@ class Engine:
         return self._logits(torch.stack([row for row in last_hidden if row is not None]))
 
     def step(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Append one id to each sequence; logits after it: (n_seqs, vocab_size)."""
+        """Append one id to each sequence; logits after it: (n_seqs, vocab_size).
+
+        Raises:
+            ContextOverflowError: a sequence fills the context already.
+        """
         positions = (self.cache.last + 1)[:, None]
+        if int(positions.max()) >= self.max_seq_len:
+            raise ContextOverflowError(
+                f"a sequence fills the context of {self.max_seq_len} positions", "ask for a longer --ctx"
+            )
         hidden = self._forward(torch.tensor(token_ids)[:, None], positions)
         return self._logits(hidden[:, 0])
 

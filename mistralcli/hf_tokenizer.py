@@ -31,8 +31,8 @@ class HuggingFaceTokenizer:
 
     family = "hf"
 
-    def __init__(self, directory: Path, template: ChatTemplate | None, eos_ids: frozenset[int]) -> None:
-        """Read tokenizer.json; `eos_ids` are those of the checkpoint's configuration, `eos_token` joins them.
+    def __init__(self, directory: Path, template: ChatTemplate | None) -> None:
+        """Read tokenizer.json; `eos_ids` has the id of `eos_token`.
 
         Raises IntegrityError for a broken file, or a decoder that is neither byte-level nor SentencePiece's.
         """
@@ -45,7 +45,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = encoder.get_vocab_size()
         self.bos_id = _begin_id(encoder, config, self._names)
         self._eos_id = _token_id(encoder, self._names, "eos_token")
-        self.eos_ids = eos_ids if self._eos_id is None else eos_ids | {self._eos_id}
+        self.eos_ids = frozenset(() if self._eos_id is None else (self._eos_id,))
 
         self._bytes_of_piece, self._drops_space = _decoding(encoder, path)
         added = encoder.get_added_tokens_decoder()

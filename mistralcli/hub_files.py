@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mistralcli.errors import IntegrityError, ModelNotFoundError
+from quant.files import STEMS, TOKENIZER_FILES, index_name, matches, numbered_shards
 
-_SMALL = re.compile(
-    r"tekken\.json|tokenizer\.model(\.v\d+m?\d*)?|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template\.(json|jinja)|generation_config\.json|quantization_card\.json|LICENSE(\.\w+)?"
-)
-_LAYOUTS = (("config.json", "model"), ("params.json", "consolidated"))
-"""The layouts of weights, in the order of preference: the configuration's name and the weights' stem."""
+_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "quantization_card.json", "LICENSE*", "NOTICE*")
+_CONFIGS = {"model": "config.json", "consolidated": "params.json"}
+"""The configuration's name by the weights' stem."""
 
 _OTHER_FORMATS = {".gguf": "GGUF", ".onnx": "ONNX", ".bin": "pickles", ".pt": "pickles", ".pth": "pickles"}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -54,10 +52,10 @@ def choose_files(repo_id: str, listing: Sequence[RemoteFile]) -> list[RemoteFile
     for file in listing:
         _refuse_escaping_name(repo_id, file.name)
     files = {file.name: file for file in listing}
-    for config, stem in _LAYOUTS:
-        weights = _weights(stem, files)
+    for stem in STEMS:
+        weights, config = _weights(stem, files), _CONFIGS[stem]
         if weights and config in files:
-            small = sorted(name for name in files if _SMALL.fullmatch(name))
+            small = sorted(name for name in files if matches(name, _BESIDE_WEIGHTS))
             return [files[name] for name in (config, *small, *weights)]
     raise ModelNotFoundError(
         f"{repo_id} has no model that runs here: {_contents(files)}",
@@ -75,14 +73,11 @@ def _refuse_escaping_name(repo_id: str, name: str) -> None:
 
 def _weights(stem: str, files: dict[str, RemoteFile]) -> list[str]:
     """The names of one whole set of weights with that stem, its index first; empty when there is none."""
-    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-    if single in files:
-        return [single]
-    shard = re.compile(rf"{stem}-\d+-of-(\d+)\.safetensors")
-    found = [match for name in sorted(files) if (match := shard.fullmatch(name))]
-    if index not in files or not found or len(found) != int(found[0][1]):
-        return []
-    return [index, *(match[0] for match in found)]
+    if f"{stem}.safetensors" in files:
+        return [f"{stem}.safetensors"]
+    shards = numbered_shards(stem, files)
+    needed = [index_name(stem), *shards]
+    return needed if shards and all(name in files for name in needed) else []
 
 
 def _contents(files: dict[str, RemoteFile]) -> str:

@@ -40,16 +40,13 @@ _PIECES_OF_VERSIONS = (("[SYSTEM_PROMPT]", "v7"), ("[PREFIX]", "v3"), ("[INST]",
 class MistralTokenizer:
     """A tekken or SentencePiece tokenizer with the chat format of its version (see `tokenizer.Tokenizer`)."""
 
-    def __init__(self, path: Path, eos_ids: frozenset[int]) -> None:
-        """Read `path`; `eos_ids` are what the checkpoint's configuration adds to the tokenizer's own `</s>`.
-
-        Raises IntegrityError when mistral-common cannot read the file.
-        """
+    def __init__(self, path: Path) -> None:
+        """Read `path`; raises IntegrityError when mistral-common cannot."""
         try:
             self._tokenizer = _read(path)
             self._chat = _chat_encoder(self._tokenizer)
             self.bos_id: int | None = self._tokenizer.bos_id
-            self.eos_ids = eos_ids | {self._tokenizer.eos_id}
+            self.eos_ids = frozenset({self._tokenizer.eos_id})
         except Exception as error:  # a foreign file can make the library fail in any way
             message = f"{path} is no readable tokenizer: {str(error) or type(error).__name__}"
             raise IntegrityError(message, "pull the model again") from error

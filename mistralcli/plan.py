@@ -66,8 +66,9 @@ def demand_of(directory: Path, dtype: torch.dtype, chunk: int, slack: int) -> De
 def plan_memory(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) -> MemoryPlan:
     """The memory that `ctx` positions take. The workspace is an upper estimate of activations and one chunk's masks."""
     slots = max(n_slots_by_layer(config, ctx, demand.slack))
-    activations = demand.chunk * (3 * config.hidden_dim + 8 * config.dim) * demand.dtype.itemsize
-    masks = demand.chunk * slots * 4
+    chunk = min(demand.chunk, ctx)
+    activations = chunk * (3 * config.hidden_dim + 8 * config.dim) * demand.dtype.itemsize
+    masks = chunk * slots * 4
     workspace = activations + masks + 4 * config.vocab_size * 4 + _TILE_BYTES
     cache = cache_size_bytes(config, ctx, slack=demand.slack, dtype=demand.dtype)
     return MemoryPlan(ctx, demand.weights_bytes, cache, workspace, free_bytes)

@@ -30,7 +30,9 @@ class SamplingParams:
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _require("repeat_penalty", self.repeat_penalty, 0 < self.repeat_penalty < math.inf, "above 0")
+        _require(
+            "repeat_penalty", self.repeat_penalty, 0.01 <= self.repeat_penalty <= 100, "between 0.01 and 100"
+        )
         _require("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
 
 
@@ -55,10 +57,11 @@ class Sampler:
         """The next id. logits: (vocab_size,) float32; `token_ids` are the prompt's and completion's so far.
 
         Raises:
-            IntegrityError: a logit is not a number: the weights are damaged or the type is too narrow.
+            IntegrityError: the highest logit is no finite number: the weights are damaged or the type too narrow.
         """
-        logits = logits.float().cpu()
-        if logits.isnan().any():
+        # In float64 no temperature and no penalty makes a logit infinite that is not.
+        logits = logits.double().cpu()
+        if not logits.max().isfinite():  # NaN is the maximum wherever it is
             raise IntegrityError(
                 "the model's output is not a number", "its weights may be damaged, or try --dtype float32"
             )
@@ -66,7 +69,8 @@ class Sampler:
             logits = penalize(logits, token_ids, self.params.repeat_penalty)
         if self.params.temperature == 0:
             return int(logits.argmax())
-        probabilities = truncate(logits / self.params.temperature, self.params).softmax(-1)
+        scaled = (logits - logits.max()) / self.params.temperature
+        probabilities = truncate(scaled, self.params).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 

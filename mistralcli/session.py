@@ -12,7 +12,13 @@ import torch
 from mistralcli.cache import DEFAULT_SLACK
 from mistralcli.config import ModelConfig, read_config
 from mistralcli.conversation import Conversation
-from mistralcli.device import choose_device, choose_dtype, default_chunk, free_memory_bytes
+from mistralcli.device import (
+    choose_device,
+    choose_dtype,
+    default_chunk,
+    free_memory_bytes,
+    out_of_memory_as,
+)
 from mistralcli.engine import Engine, FinishReason
 from mistralcli.errors import IntegrityError, UsageError
 from mistralcli.plan import Demand, MemoryPlan, default_ctx, demand_of, fitting_plan, requested_plan
@@ -181,6 +187,20 @@ class Session:
     def config(self) -> ModelConfig:
         return self.engine.model.config
 
+    @property
+    def max_seq_len(self) -> int:
+        return self.engine.max_seq_len
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache takes now."""
+        return self.engine.cache.size_bytes
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a completion: the tokenizer's own end and those that the checkpoint's configuration states."""
+        return self.tokenizer.eos_ids | frozenset(self.config.eos_ids)
+
     def describe(self) -> str:
         """One line: model, weights, device, type, context and the cache that it needs when full."""
         quantization = "quantized" if self.config.quantization else self.config.dtype
@@ -198,7 +218,6 @@ class Session:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         continues_text: bool = False,
-        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Completion:
         """Continue the ids, as far as the model goes on or `max_tokens` or the context allow.
 
@@ -210,10 +229,7 @@ class Session:
         """
         self.engine.require_room(len(token_ids))
         sampler = Sampler(params)
-        stop_ids = self.tokenizer.eos_ids | frozenset(self.config.eos_ids)
-        ids = self.engine.generate(
-            token_ids, sampler, stop_ids=stop_ids, max_tokens=max_tokens, on_prefill=on_prefill
-        )
+        ids = self.engine.generate(token_ids, sampler, stop_ids=self.stop_ids, max_tokens=max_tokens)
         n_cached = self.engine.n_reusable(token_ids)
         decoder = self.tokenizer.stream(continues_text=continues_text)
         return Completion(token_ids, ids, decoder, StopScanner(stop), n_cached=n_cached, seed=sampler.seed)
@@ -225,11 +241,10 @@ class Session:
         *,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
-        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Completion:
         """The assistant's next message. Raises what `complete` and the tokenizer's `encode_chat` raise."""
         token_ids = self.tokenizer.encode_chat(conversation)
-        return self.complete(token_ids, params, max_tokens=max_tokens, stop=stop, on_prefill=on_prefill)
+        return self.complete(token_ids, params, max_tokens=max_tokens, stop=stop)
 
 
 def open_session(
@@ -244,7 +259,7 @@ def open_session(
 
     Raises:
         UsageError: no such device, type or context length.
-        NotEnoughMemoryError: weights, cache and workspace do not fit; nothing was loaded.
+        NotEnoughMemoryError: weights, cache and workspace do not fit, or memory ran out all the same.
         IntegrityError, MistralError: the checkpoint is damaged, or of a kind that is not supported.
     """
     started = time.perf_counter()
@@ -253,13 +268,18 @@ def open_session(
     dtype = choose_dtype(options.dtype, device)
     chunk = options.chunk or default_chunk(device)
     tokenizer = load_tokenizer(directory)
-    plan = _plan(config, options, demand_of(directory, dtype, chunk, options.slack), device, on_note)
     if tokenizer.vocab_size > config.vocab_size:
         raise IntegrityError(
             f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}",
             "tokenizer and weights are not of the same model: pull it again",
         )
-    model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
+    with out_of_memory_as(
+        f"memory ran out while loading {directory}",
+        "close other programs, or make a smaller build with `mistral quantize --bits 4`",
+    ):
+        demand = demand_of(directory, dtype, chunk, options.slack)
+        plan = _plan(config, options, demand, device, on_note)
+        model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
     engine = Engine(model, max_seq_len=plan.ctx, chunk=chunk, slack=options.slack, device=device)
     return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
 

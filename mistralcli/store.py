@@ -35,12 +35,12 @@ from mistralcli.hub_cache import (
     refs,
     snapshots,
 )
+from quant.files import STEMS, weight_files
 
 PARTIAL = ".partial"
 """The suffix of a build's directory while it is being made."""
 
 _BUILD_NAME = re.compile(r"\w[\w.-]{0,126}", re.ASCII)
-_SHARD = re.compile(r"(model|consolidated)-\d+-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def resolve(model: str) -> Path:
         ModelNotFoundError: there is none; the hint says how to get it.
         IntegrityError: it is there but half-made or incomplete.
     """
-    directory = Path(model) if _is_path(model) and Path(model).is_dir() else _find_by_name(model)
+    path = _existing_path(model)
+    directory = path if path is not None and path.is_dir() else _find_by_name(model)
+    if directory is not None and directory.name.endswith(PARTIAL):
+        raise IntegrityError(f"{model} is a half-made build", "make it again with `mistral quantize`")
     if directory is None or not _has_config(directory):
         raise _not_found(model)
-    if directory.name.endswith(PARTIAL):
-        raise IntegrityError(f"{model} is a half-made build", "make it again with `mistral quantize`")
     problem = checkpoint_problem(directory)
     if problem is not None:
         raise IntegrityError(f"{model} is incomplete: {problem} ({directory})", "pull or quantize it again")
@@ -122,13 +123,13 @@ def checkpoint_problem(directory: Path) -> str | None:
     if not _has_config(directory):
         return "it has neither config.json nor params.json"
     try:
-        shards = _shards(directory, "model") or _shards(directory, "consolidated")
+        files = next(filter(None, (weight_files(directory, stem) for stem in STEMS)), [])
     except MistralError as error:
         return error.message
-    missing = sorted(name for name in shards if not (directory / name).is_file())
+    missing = [name for name in files if not (directory / name).is_file()]
     if missing:
-        return f"{len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
-    return None if shards else "its weights are missing"
+        return f"{len(missing)} of {len(files)} weight files are missing, first {missing[0]}"
+    return None if files else "its weights are missing"
 
 
 def list_models() -> list[StoredModel]:
@@ -176,6 +177,14 @@ def _is_path(name: str) -> bool:
     return name.startswith(".") or any(separator in name for separator in (os.sep, os.altsep) if separator)
 
 
+def _existing_path(name: str) -> Path | None:
+    """The path that `name` is, when something is there."""
+    try:
+        return Path(name) if _is_path(name) and Path(name).exists() else None
+    except OSError:  # for one, no file can have so long a name
+        return None
+
+
 def _as_hub_model(name: str) -> HubModel | None:
     try:
         return parse_hub_model(name)
@@ -191,7 +200,7 @@ def _find_by_name(model: str) -> Path | None:
 
 
 def _not_found(model: str) -> ModelNotFoundError:
-    if _is_path(model) and Path(model).exists():
+    if _existing_path(model) is not None:
         return ModelNotFoundError(
             f"{model} is not a model: it has neither config.json nor params.json",
             "name a directory with a checkpoint, or a model that `mistral list` shows",
@@ -208,23 +217,6 @@ def _not_found(model: str) -> ModelNotFoundError:
 
 def _has_config(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("config.json", "params.json"))
-
-
-def _shards(directory: Path, stem: str) -> set[str]:
-    """The names of the weight files that a checkpoint should have: by its index, else by what is there."""
-    index = directory / f"{stem}.safetensors.index.json"
-    if (directory / f"{stem}.safetensors").is_file():
-        return {f"{stem}.safetensors"}
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise IntegrityError(f"{index.name} has no weight_map")
-        return set(weight_map.values())
-    found = [match for path in directory.glob(f"{stem}-*") if (match := _SHARD.fullmatch(path.name))]
-    if not found:
-        return set()
-    width, count = len(found[0][2]), int(found[0][2])
-    return {f"{stem}-{number:0{width}}-of-{found[0][2]}.safetensors" for number in range(1, count + 1)}
 
 
 def _builds() -> Iterator[StoredModel]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 from mistralcli.chat_template import find_template
-from mistralcli.config import read_json
 from mistralcli.conversation import Conversation
 from mistralcli.detokenizer import StreamDecoder
 from mistralcli.errors import IntegrityError
+from quant.files import MISTRAL_TOKENIZERS, matches
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -16,10 +16,10 @@ __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 class Tokenizer(Protocol):
     """What the session needs of a tokenizer.
 
-    `eos_ids` end a completion: the tokenizer's own and those of the checkpoint's configuration. `bos_id`
-    begins a text, None where none does. `family` is "tekken", "spm" (SentencePiece) or "hf" (tokenizer.json).
-    `version` is that of Mistral's chat format, "v1" to "v15"; with tokenizer.json it is "jinja" where there
-    is a chat template and "none" where there is none.
+    `eos_ids` end a text; a checkpoint's configuration may have more. `bos_id` begins one, None where none does.
+    `family` is "tekken", "spm" (SentencePiece) or "hf" (tokenizer.json). `version` is that of Mistral's chat
+    format, "v1" to "v15"; with tokenizer.json it is "jinja" where there is a chat template and "none" where
+    there is none.
     """
 
     vocab_size: int
@@ -73,15 +73,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     template = find_template(directory)
     mistral_file = _mistral_file(directory)
     hugging_face_file = directory / "tokenizer.json"
-    eos_ids = _configured_eos_ids(directory)
     if mistral_file is not None and (template is None or template.writes_mistral_format):
         from mistralcli.mistral_tokenizer import MistralTokenizer
 
-        return MistralTokenizer(mistral_file, eos_ids)
+        return MistralTokenizer(mistral_file)
     if hugging_face_file.is_file():
         from mistralcli.hf_tokenizer import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(directory, template, eos_ids)
+        return HuggingFaceTokenizer(directory, template)
     if mistral_file is not None:
         raise IntegrityError(
             f"{directory} has a chat template of its own but no tokenizer.json that holds its control tokens",
@@ -94,19 +93,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _mistral_file(directory: Path) -> Path | None:
-    """tekken.json, else a SentencePiece model, preferably one whose name ends with its version."""
-    versioned = sorted(directory.glob("*.model.v[0-9]*"), reverse=True)
-    candidates = [directory / "tekken.json", *versioned, directory / "tokenizer.model"]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _configured_eos_ids(directory: Path) -> frozenset[int]:
-    """`eos_token_id` of generation_config.json and config.json: one id, a list of ids or none in each."""
-    ids: set[int] = set()
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(one, int) for one in values):
-            raise IntegrityError(f"{path} has an eos_token_id that is no token id: {value!r}")
-        ids.update(values)
-    return frozenset(ids)
+    """tekken.json, else a SentencePiece model, preferably one whose name ends with its version, the newest."""
+    files = [
+        path for path in directory.glob("*") if matches(path.name, MISTRAL_TOKENIZERS) and path.is_file()
+    ]
+    return max(
+        files,
+        key=lambda path: (path.name == "tekken.json", path.name != "tokenizer.model", path.name),
+        default=None,
+    )

@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mistralcli.config import ModelConfig, read_config, read_json
+from mistralcli.config import ModelConfig, read_config
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
 from mistralcli.model import Embedding, LinearFactory, Transformer, dense_linear
+from quant.files import STEMS, open_tensors, weight_files
 from quant.linear import QuantizedLinear
 from quant.scheme import schemes_of
 from quant.tensors import TensorSpec
@@ -85,7 +86,10 @@ class Checkpoint:
             view = self._handle(name).get_slice(self._stored_names.get(name, name))
         except (SafetensorError, OSError) as error:
             raise self._unreadable(name, error) from error
-        return TensorSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+        code = view.get_dtype()
+        if code not in _DTYPES:
+            raise IntegrityError(f"tensor {name} in {self._files[name]} has the unknown type {code}")
+        return TensorSpec(tuple(view.get_shape()), _DTYPES[code])
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor; it aliases the memory-mapped file unless its rows had to be reordered."""
@@ -103,10 +107,7 @@ class Checkpoint:
     def _handle(self, name: str) -> safe_open:
         path = self._files[name]
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise self._unreadable(name, error) from error
+            self._open[path] = open_tensors(path)
         return self._open[path]
 
     def _unreadable(self, name: str, error: Exception) -> IntegrityError:
@@ -129,13 +130,21 @@ def _rotate_half_order(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Find the weights in `directory`: Hugging Face's files if there are any, else `consolidated*.safetensors`.
+    """The weights in `directory`, their names, shapes and types checked against its configuration by headers alone.
 
     Raises:
         ModelNotFoundError: there are none.
-        IntegrityError: a shard that the index names is missing, or a file is not a safetensors file.
+        IntegrityError: a tensor is missing, extra or mis-shaped, or a file is damaged or missing; it is named.
+        MistralError: the quantization, or the type of a tensor, is of a kind that is not supported; it is named.
     """
-    for stem in ("model", "consolidated"):
+    checkpoint, config = _find_weights(directory), read_config(directory)
+    _check_tensors(config, checkpoint, _modules(_empty_model(config, torch.float32)))
+    return checkpoint
+
+
+def _find_weights(directory: Path) -> Checkpoint:
+    """Hugging Face's files if there are any, else `consolidated*.safetensors`."""
+    for stem in STEMS:
         files = _tensor_files(directory, stem)
         if files:
             if stem == "model":
@@ -149,36 +158,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _tensor_files(directory: Path, stem: str) -> dict[str, Path]:
-    """Tensor name to file: from `stem.safetensors`, else from the index, else from what shards there are."""
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if not single.is_file() and index.is_file():
-        return _from_index(index)
-    shards = [single] if single.is_file() else sorted(directory.glob(f"{stem}-*.safetensors"))
-    return {name: shard for shard in shards for name in _header_names(shard)}
-
-
-def _from_index(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise IntegrityError(f"{index} has no weight_map", "pull the model again")
-    shards = {str(file) for file in weight_map.values()}
-    for shard in sorted(shards):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise IntegrityError(
-                f"{index.name} names the shard {shard!r}, which is not in {index.parent}",
-                "pull the model again",
-            )
-    return {str(name): index.parent / str(file) for name, file in weight_map.items()}
-
-
-def _header_names(shard: Path) -> list[str]:
-    try:
-        with safe_open(shard, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(
-            f"{shard} is not a whole safetensors file: {error}", "the file is damaged: pull the model again"
-        ) from error
+    """Tensor name to file, by the headers of the files."""
+    names = weight_files(directory, stem)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise IntegrityError(f"{directory} lacks the shard {missing[0]}", "pull the model again")
+    paths = [directory / name for name in names]
+    return {name: path for path in paths for name in list(open_tensors(path).keys())}
 
 
 def _translated(name: str) -> str:
@@ -203,13 +189,10 @@ def load_model(
         MistralError: the quantization is of a kind that is not supported; it is named.
     """
     config = read_config(directory)
-    checkpoint = open_checkpoint(directory)
-    with torch.device("meta"):
-        model = Transformer(config, _linear_factory(config), dtype)
-    modules = {
-        hugging_face_name(name): module for name, module in model.named_modules() if _has_tensors(module)
-    }
-    _check_names(config, checkpoint, modules)
+    checkpoint = _find_weights(directory)
+    model = _empty_model(config, dtype)
+    modules = _modules(model)
+    _check_tensors(config, checkpoint, modules)
     sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
     done = 0
     for name, module in modules.items():
@@ -228,7 +211,7 @@ def load_model(
 def loaded_size_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Bytes that the weights in `directory` take once loaded to compute in `dtype`; reads headers only."""
     config = read_config(directory)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = _find_weights(directory)
     keep_embedding = not config.tied_embeddings
 
     def size(name: str) -> int:
@@ -238,6 +221,17 @@ def loaded_size_bytes(directory: Path, dtype: torch.dtype) -> int:
         return math.prod(spec.shape) * (dtype if cast else spec.dtype).itemsize
 
     return sum(size(name) for name in checkpoint.names())
+
+
+def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """The model without storage."""
+    with torch.device("meta"):
+        return Transformer(config, _linear_factory(config), dtype)
+
+
+def _modules(model: Transformer) -> dict[str, nn.Module]:
+    """The modules that have tensors of their own, by their names in a checkpoint."""
+    return {hugging_face_name(name): module for name, module in model.named_modules() if _has_tensors(module)}
 
 
 def _linear_factory(config: ModelConfig) -> LinearFactory:
@@ -267,8 +261,8 @@ def _expected(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_names(config: ModelConfig, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> None:
-    """Every tensor that is needed is there, with its shape, and none is left over."""
+def _check_tensors(config: ModelConfig, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> None:
+    """Every tensor that is needed is there, with its shape and of a type that we run, and none is left over."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in modules.items():
         expected |= _expected(name, module)
@@ -279,15 +273,25 @@ def _check_names(config: ModelConfig, checkpoint: Checkpoint, modules: Mapping[s
         spare -= {"lm_head.weight"}
     _refuse("does not belong to the model that its configuration describes", spare, checkpoint)
     for name, shape in expected.items():
-        found = checkpoint.spec(name).shape
-        if len(found) != len(shape) or any(
-            want not in (-1, have) for have, want in zip(found, shape, strict=True)
-        ):
-            raise IntegrityError(
-                f"tensor {name} in {checkpoint.directory} has the shape {list(found)} "
-                f"where the configuration asks for {list(shape)}",
-                "configuration and weights are not of the same model: pull it again",
+        _check_shape(checkpoint, name, shape)
+    for name, module in modules.items():
+        dtype = None if isinstance(module, QuantizedLinear) else checkpoint.spec(f"{name}.weight").dtype
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+            raise MistralError(
+                f"tensor {name}.weight is stored as {dtype}, which is not supported for dense weights"
             )
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    found = checkpoint.spec(name).shape
+    if len(found) != len(shape) or any(
+        want not in (-1, have) for have, want in zip(found, shape, strict=True)
+    ):
+        raise IntegrityError(
+            f"tensor {name} in {checkpoint.directory} has the shape {list(found)} "
+            f"where the configuration asks for {list(shape)}",
+            "configuration and weights are not of the same model: pull it again",
+        )
 
 
 def _refuse(what: str, names: set[str], checkpoint: Checkpoint) -> None:
@@ -316,8 +320,4 @@ def _dense_parameter(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None
 ) -> nn.Parameter:
     tensor = checkpoint.load(name)
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise MistralError(
-            f"tensor {name} is stored as {tensor.dtype}, which is not supported for dense weights"
-        )
     return nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=False)

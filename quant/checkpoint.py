@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from quant.card import Gate, bits_per_weight, card, file_hash, gate
 from quant.errors import IntegrityError, QualityError, UsageError
+from quant.files import TOKENIZER_FILES, read_json
 from quant.linear import QuantizedLinear
 from quant.plan import HEAD, PlannedTensor, into_shards, plan_tensors
 from quant.safetensors_file import SafetensorsWriter, file_size_bytes
@@ -31,19 +33,7 @@ OnProgress = Callable[[int, int], None]
 """Called with the bytes read so far and in all."""
 
 MAX_SHARD_BYTES = 2_000_000_000
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer.model*",
-    "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+COPIED_FILES = (*TOKENIZER_FILES, "LICENSE*", "NOTICE*")
 """What a build takes over unchanged. Not the README: it describes, and measures, the model before."""
 
 _JSON_BYTES = 1 << 20
@@ -55,12 +45,16 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was made. Sizes are those of the tensors; `bits_per_weight` is that of the quantized ones."""
+    """What was made. Sizes are those of the tensors; `bits_per_weight` is that of the quantized ones.
+
+    `n_layers_by_scheme` counts the quantized tensors by what they are stored in, the most frequent first.
+    """
 
     path: Path
     size_before_bytes: int
     size_after_bytes: int
     bits_per_weight: float
+    n_layers_by_scheme: Mapping[str, int]
     worst_tensor: str
     worst_error: float
     seconds: float
@@ -96,7 +90,7 @@ def quantize_checkpoint(
             it was to replace stays.
     """
     started = time.monotonic()
-    hf_config = dict(_read_json(source_dir / "config.json") if config is None else config)
+    hf_config = dict(read_json(source_dir / "config.json") if config is None else config)
     if hf_config.get("quantization_config"):
         raise UsageError(f"{source_dir} is quantized already", "quantize the model that it was made from")
     dtype = _model_dtype(hf_config)
@@ -128,10 +122,15 @@ def quantize_checkpoint(
         size_before_bytes=sum(tensor.spec.nbytes for tensor in planned),
         size_after_bytes=sum(tensor.stored_bytes for tensor in planned),
         bits_per_weight=bits_per_weight(tensor for tensor in planned if tensor.scheme is not None),
+        n_layers_by_scheme=_count_schemes(planned),
         worst_tensor=verdict.worst_tensor,
         worst_error=verdict.worst_error,
         seconds=time.monotonic() - started,
     )
+
+
+def _count_schemes(planned: Sequence[PlannedTensor]) -> dict[str, int]:
+    return dict(Counter(tensor.scheme.name for tensor in planned if tensor.scheme is not None).most_common())
 
 
 class _Progress:
@@ -257,13 +256,3 @@ def _gate_failed(verdict: Gate, outcome: str) -> QualityError:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read as JSON: {error}", "pull the model again") from error
-    if not isinstance(value, dict):
-        raise IntegrityError(f"{path} does not hold a JSON object", "pull the model again")
-    return value

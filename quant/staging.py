@@ -27,9 +27,10 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[P
         UsageError: the destination exists, and `replace` is off or it is no build; or another process is making it.
         DiskError: there is no room for `needed_bytes`, or something cannot be written or read.
     """
-    if destination.exists() and not (replace and (destination / CARD).is_file()):
-        hint = "choose another name, or replace it with --force"
-        raise UsageError(f"{destination} exists already", "choose another name" if replace else hint)
+    is_build = (destination / CARD).is_file()
+    if destination.exists() and not (replace and is_build):
+        what, hint = ("", ", or replace it with --force") if is_build else (" and is not a build", "")
+        raise UsageError(f"{destination} exists already{what}", f"choose another name{hint}")
     partial = destination.with_name(destination.name + PARTIAL)
     with _disk_errors(destination, needed_bytes), _claimed(partial, destination):
         try:

@@ -1,7 +1,6 @@
 """A chat whose model and user follow a script, so that a test decides what is said and what goes wrong."""
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from mistralcli.cli.chat_state import Chat, ChatState
 from mistralcli.cli.repl import step
@@ -24,9 +23,8 @@ class ScriptedSession:
 
     def __init__(self, *answers):
         self.name = "scripted"
-        self.engine = SimpleNamespace(
-            token_ids=[1, 2, 3], max_seq_len=512, cache=SimpleNamespace(size_bytes=5e6)
-        )
+        self.max_seq_len = 512
+        self.cache_bytes = 5_000_000
         self.asked = []
         self._answers = list(answers)
 

@@ -34,6 +34,13 @@ def greedy(logits: torch.Tensor, so_far: object) -> int:
     return int(logits.argmax())
 
 
+def next_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
+    """The logits after a prompt, (vocab_size,)."""
+    rows: list[torch.Tensor] = []
+    list(engine.generate(ids, lambda row, _: rows.append(row) or 0, max_tokens=1))
+    return rows[0]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     directory = tmp_path_factory.mktemp("windowed")
@@ -114,9 +121,88 @@ def test_a_turn_that_extends_the_cached_ids_prefills_only_what_is_new(model: Tra
     completion = list(engine.generate(first, greedy, max_tokens=6))
     second = first + completion + token_ids(5, seed=9)
     assert engine.n_reusable(second) == 35  # nothing came after the answer's last id, so it was not run
-    done: list[tuple[int, int]] = []
-    list(engine.generate(second, greedy, max_tokens=1, on_prefill=lambda n, total: done.append((n, total))))
-    assert done == [(41, 41)]
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[1].flatten().tolist()))
+    list(engine.generate(second, greedy, max_tokens=1))
+    hook.remove()
+    assert seen == list(range(35, 41))
+
+
+def test_positions_that_were_overwritten_before_a_rewind_are_not_taken_for_older_ones(
+    model: Transformer,
+) -> None:
+    kept = Engine(model, max_seq_len=200, chunk=64, slack=8)
+    ids = token_ids(100)
+    for n_shared in (100, 95, 90):
+        prompt = [*ids[:n_shared], 5, 6]
+        fresh = Engine(model, max_seq_len=200, chunk=200, slack=200)
+        torch.testing.assert_close(next_logits(kept, prompt), next_logits(fresh, prompt), atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    sliding_window=st.integers(1, 8),
+    slack=st.integers(1, 8),
+    max_seq_len=st.integers(1, 60),
+    steps=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8)), min_size=1, max_size=20),
+)
+def test_a_rewind_is_allowed_only_where_the_ring_still_holds_the_window(
+    sliding_window: int, slack: int, max_seq_len: int, steps: list[tuple[int, int]]
+) -> None:
+    """Play the slots by label through writes and rewinds; an allowed rewind shows no query a wrong position."""
+    config = ModelConfig(**vars(MISTRAL_7B) | {"n_layers": 1, "n_kv_heads": 1, "head_dim": 2})
+    config = ModelConfig(**vars(config) | {"sliding_windows": (sliding_window,)})
+    cache = KVCache(config, max_seq_len=max_seq_len, slack=slack)
+    (ring,), slots, n_held = cache.rings, {}, 0
+    for back, n_tokens in steps:
+        start = max(0, n_held - back)
+        start = start if cache.can_rewind(start) else 0
+        cache.rewind(start)
+        n_held = min(start + min(n_tokens, slack), max_seq_len)
+        if n_held == start:
+            continue
+        positions = torch.arange(start, n_held)
+        (piece,) = cache.begin(positions[None])
+        slots |= {position % ring.capacity: position for position in range(start, n_held)}
+        for query, row in zip(positions.tolist(), piece.visible[ring][0], strict=True):
+            seen = {slots[int(slot)] for slot in row.nonzero()}
+            assert seen == set(range(max(0, query - sliding_window + 1), query + 1))
+
+
+def test_a_chunk_that_was_interrupted_leaves_a_cache_that_answers_as_a_fresh_one(model: Transformer) -> None:
+    kept = Engine(model, max_seq_len=200, chunk=32, slack=8)
+    ids = token_ids(100)
+    next_logits(kept, ids[:60])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next_logits(kept, ids[:68])
+    hook.remove()
+    for n_shared in (60, 55):
+        prompt = [*ids[:n_shared], 5, 6]
+        fresh = Engine(model, max_seq_len=200, chunk=200, slack=200)
+        torch.testing.assert_close(next_logits(kept, prompt), next_logits(fresh, prompt), atol=1e-4, rtol=0)
+
+
+def test_a_buffer_that_cannot_grow_stays_as_it_was(model: Transformer) -> None:
+    cache = KVCache(model.config, max_seq_len=1 << 50, slack=8)
+    layer = cache.layers[0]
+    layer.reserve(10)
+    layer.values = layer.values.expand(1 << 40, -1, -1, -1)  # so that the second of the two never fits
+    with pytest.raises(RuntimeError):
+        layer.reserve(1000)
+    assert layer.keys.shape[2] == layer.values.shape[2] == 10
+
+
+def test_a_step_past_the_context_is_refused(model: Transformer) -> None:
+    engine = Engine(model, max_seq_len=10, chunk=16, slack=8, n_seqs=2)
+    engine.prefill([token_ids(9), token_ids(3)])
+    engine.step([5, 5])
+    with pytest.raises(ContextOverflowError, match="context of 10"):
+        engine.step([5, 5])
 
 
 def test_a_rewind_past_the_ring_starts_over(model: Transformer) -> None:

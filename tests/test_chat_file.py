@@ -80,6 +80,14 @@ def test_save_into_a_missing_directory_says_so(tmp_path):
         save_chat(tmp_path / "missing" / "chat.json", "m", saved_chat())
 
 
+@pytest.mark.parametrize("command", ["/save", "/load"])
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused_and_changes_nothing(command, name):
+    chat = chat_with()
+    assert after(chat, f"{command} {name}") == ChatState()
+    assert chat.terminal.notes[0].startswith("error: ") and name in chat.terminal.notes[0]
+
+
 GOOD = {
     "format": "mistral-chat",
     "version": 1,

@@ -1,9 +1,12 @@
 """The chat's loop and commands, with a scripted model and user."""
 
+import signal
+
 import pytest
 from scripted_chat import after, chat_with, said
 
 from mistralcli.cli.chat_commands import COMMANDS
+from mistralcli.cli.chat_file import load_chat
 from mistralcli.cli.chat_state import SETTINGS, ChatState, settings_of, with_setting
 from mistralcli.cli.repl import is_open, message_in, run_repl
 from mistralcli.errors import ContextOverflowError, MistralError
@@ -101,6 +104,54 @@ def interrupt_after(terminal, n_pieces):
     return write
 
 
+@pytest.mark.parametrize("last_shown", ["\n", "(cut off at max_tokens 2)"])
+def test_ctrl_c_between_the_answer_and_the_prompt_takes_nothing_with_it(last_shown):
+    chat = chat_with(["Once", " upon", " a", " time"], ["again"])
+    chat.terminal.inputs = ["/set max_tokens 2", "Tell me a story", "go on"]
+
+    def interrupted(show):
+        def shown(text):
+            show(text)
+            if text == last_shown:
+                signal.raise_signal(signal.SIGINT)
+
+        return shown
+
+    chat.terminal.write, chat.terminal.note = map(interrupted, (chat.terminal.write, chat.terminal.note))
+    run_repl(chat, ChatState())
+    assert [m.content for m in chat.session.asked[-1].messages] == ["Tell me a story", "Once upon", "go on"]
+
+
+def test_ctrl_c_stops_an_answer_by_its_signal_too():
+    chat = chat_with(["Once", " upon", " a", " time"], ["again"])
+    show = chat.terminal.write
+    chat.terminal.write = lambda text: (show(text), text == " upon" and signal.raise_signal(signal.SIGINT))
+    chat.terminal.inputs = ["Tell me a story", "go on"]
+    run_repl(chat, ChatState())
+    assert chat.session.asked[-1].messages[1].content == "Once upon"
+
+
+def test_an_unforeseen_error_saves_the_conversation_and_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    chat = chat_with(["Hi"], [ZeroDivisionError()])
+    chat.terminal.inputs = ["Hello", "and then?"]
+    with pytest.raises(ZeroDivisionError):
+        run_repl(chat, ChatState())
+    (path,) = (tmp_path / "mistral").iterdir()
+    assert str(path) in chat.terminal.notes[-1]
+    assert said(load_chat(path)[1]) == [("user", "Hello"), ("assistant", "Hi")]
+
+
+def test_an_unforeseen_error_is_raised_also_when_the_conversation_cannot_be_saved(tmp_path, monkeypatch):
+    (tmp_path / "mistral").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    chat = chat_with(["Hi"], [ZeroDivisionError()])
+    chat.terminal.inputs = ["Hello", "and then?"]
+    with pytest.raises(ZeroDivisionError):
+        run_repl(chat, ChatState())
+    assert "cannot be made" in chat.terminal.notes[-1]
+
+
 def test_a_message_stopped_before_its_answer_comes_back_as_the_draft():
     chat = chat_with([KeyboardInterrupt()])
     state = after(chat, "Hello")
@@ -142,7 +193,7 @@ def test_there_is_nothing_to_take_back_before_the_first_answer(command):
     chat = chat_with()
     state = after(chat, "/system Be brief", command)
     assert said(state) == [("system", "Be brief")]
-    assert chat.terminal.notes == ["error: there is no answer yet"]
+    assert chat.terminal.notes[-1] == "error: there is no answer yet"
 
 
 def test_retry_answers_the_same_message_again():
@@ -168,8 +219,9 @@ def test_clear_forgets_the_messages_and_keeps_system_prompt_and_settings():
 def test_system_shows_replaces_and_removes():
     chat = chat_with()
     state = after(chat, "/system", "/system\tBe\nbrief", "/system")
-    assert chat.terminal.notes == ["there is no system prompt", "Be\nbrief"]
+    assert chat.terminal.notes == ["there is no system prompt", "the system prompt is set", "Be\nbrief"]
     assert after(chat, "/system none", state=state).system is None
+    assert chat.terminal.notes[-1] == "the system prompt is removed"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +248,6 @@ def test_set_none_gives_an_optional_setting_back():
 @pytest.mark.parametrize(
     "argument",
     [
-        "temperature",
         "temperature hot",
         "temperature none",
         "temperature -1",
@@ -221,12 +272,38 @@ def test_set_refuses_what_cannot_be_and_changes_nothing(argument):
 
 
 @pytest.mark.parametrize(
-    ("typed", "nearest"), [("/hlep", "help"), ("/quit", "exit"), ("/", ""), ("/sav x", "save")]
+    ("typed", "nearest"), [("/hlep", "help"), ("/quit", "exit"), ("/HLEP", "help"), ("/sav x", "save")]
 )
 def test_an_unknown_command_names_the_nearest(typed, nearest):
     chat = chat_with()
     after(chat, typed)
     assert f"the nearest is /{nearest}" in chat.terminal.notes[0]
+
+
+@pytest.mark.parametrize("typed", ["/", "/bye", "/漢字"])
+def test_a_command_like_none_there_is_names_help(typed):
+    chat = chat_with()
+    after(chat, typed)
+    assert "/help lists them" in chat.terminal.notes[0]
+
+
+def test_commands_may_be_written_in_capitals():
+    assert after(chat_with(), "/SET top_k 5").params.top_k == 5
+
+
+def test_set_with_a_name_alone_shows_that_setting():
+    chat = chat_with()
+    assert after(chat, "/set temperature") == ChatState()
+    assert [note.split() for note in chat.terminal.notes] == [["temperature", "0.7"]]
+
+
+def test_what_takes_something_back_says_so():
+    chat = chat_with(["a"], ["b"])
+    after(chat, "1", "/undo", "2", "/clear")
+    assert chat.terminal.notes == [
+        "the last message and its answer are taken back",
+        "all messages are forgotten",
+    ]
 
 
 @pytest.mark.parametrize("typed", ["/save", "/load", "/undo now", "/exit now"])

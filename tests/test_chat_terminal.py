@@ -257,6 +257,7 @@ def test_in_a_pipe_all_input_is_one_message_and_only_the_answer_comes_out(model_
         (b"\xff", ("MODEL",), b"not UTF-8"),
         (b"hi", ("MODEL", "-m", "other"), b"two models"),
         (b"hi", ("MODEL", "--temperature", "-1"), b"temperature"),
+        (b"hi", ("MODEL", "-n", "0"), b"max_tokens is 0"),
     ],
 )
 def test_what_cannot_be_asked_is_a_usage_error(model_dir, environment, data, options, reason):

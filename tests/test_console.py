@@ -1,6 +1,7 @@
 """The terminal boundary: what is escaped, what is not, and where it goes."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -81,9 +82,15 @@ def test_a_note_without_a_stderr_is_no_error_and_no_data():
     assert (result.returncode, result.stdout) == (0, b"")
 
 
+def test_a_note_that_cannot_be_written_is_no_error():
+    result = run_python("sys.stderr = open('/dev/full', 'w')\nconsole.note('nobody hears'); print('done')")
+    assert result.stdout == b"done\n" and b"Traceback" not in result.stderr
+
+
 def test_an_error_says_what_failed_and_what_to_do():
     assert error_text(MistralError("it failed")) == "error: it failed"
     assert error_text(MistralError("it failed", "try again")) == "error: it failed\nhint: try again"
+    assert error_text(MistralError("no a\nb", "not a\nb")) == "error: no a\\nb\nhint: not a\\nb"
 
 
 def test_input_that_is_not_utf8_is_named_with_its_place():
@@ -107,6 +114,17 @@ def test_progress_shows_a_bar_on_a_terminal_and_takes_no_markup():
     assert "100/100 bytes" in shown
 
 
+def test_progress_shows_nothing_when_it_is_to_be_quiet():
+    assert at_terminal(PROGRESS.replace("100)", "100, quiet=True)", 1)) == "data\r\n"
+
+
+def test_ctrl_c_in_progress_is_an_exception_unless_it_is_ignored():
+    code = "import signal\nwith console.progress('x'): signal.raise_signal(2)\nprint('done')"
+    assert b"KeyboardInterrupt" in run_python(code).stderr
+    ignored = run_python(code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert ignored.stdout == b"done\n"
+
+
 def test_progress_moves_no_cursor_on_a_dumb_terminal():
     assert at_terminal(PROGRESS, TERM="dumb") == "data\r\n"
 
@@ -119,6 +137,11 @@ def test_what_is_printed_beside_a_progress_bar_stays_on_stdout():
     child = pexpect.spawn("/bin/sh", ["-c", counted, script], encoding="utf-8", timeout=60)
     child.expect(pexpect.EOF)
     assert child.before.split()[-1].endswith(str(len("12345678\ndata\n")))
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay():
+    result = run_python("console.write_out(console.read_in())", input=b"\xef\xbb\xbfa\r\nb\n")
+    assert result.stdout == b"a\r\nb\n"
 
 
 def test_a_terminal_of_another_encoding_gets_what_it_can_show():

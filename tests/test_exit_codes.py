@@ -30,6 +30,45 @@ def test_2_a_value_out_of_range(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert_one_sentence(done, 2, "min_p is 7.0", "between 0 and 1")
 
 
+def test_2_no_command_shows_the_overview_and_no_empty_error(tmp_path: Path) -> None:
+    done = mistral(home=tmp_path)
+    assert done.returncode == 2
+    assert "quantize" in done.stdout + done.stderr and "error:" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["list --json", "--help", "run Hi -m MODEL", "quantize MODEL", "rm x -y"])
+def test_2_standard_output_is_closed(command: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = redirected(command.replace("MODEL", str(tiny_model_dir)), ">&-", tmp_path)
+    assert_one_sentence(done, 2, "standard output is closed")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_0_another_stream_is_closed(closed: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = redirected(f"run Hi -m {tiny_model_dir} -n 2 -t 0", closed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout == mistral("run", "Hi", "-m", tiny_model_dir, "-n", "2", "-t", "0", home=tmp_path).stdout
+    )
+    assert done.stderr == "" or "2>&-" not in closed
+
+
+def test_6_standard_output_is_full(tmp_path: Path) -> None:
+    assert_one_sentence(redirected("list --json", "> /dev/full", tmp_path), 6, "full")
+
+
+def redirected(command: str, redirection: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a shell with a stream redirected or closed."""
+    script = f"{' '.join(MISTRAL)} {command} {redirection}"
+    return subprocess.run(
+        ["bash", "-c", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment(home),
+    )
+
+
 @pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["chat"], ["show"], ["quantize"], ["rm", "--yes"]])
 def test_3_a_model_that_is_not_here(command: list[str], tmp_path: Path) -> None:
     assert_one_sentence(
@@ -37,8 +76,14 @@ def test_3_a_model_that_is_not_here(command: list[str], tmp_path: Path) -> None:
     )
 
 
-def test_3_no_model_is_named(tmp_path: Path) -> None:
-    assert_one_sentence(mistral("run", "Hi", home=tmp_path), 3, "MISTRAL_CLI_MODEL")
+@pytest.mark.parametrize("arguments", [[], ["-m", ""]])
+def test_3_no_model_is_named(arguments: list[str], tmp_path: Path) -> None:
+    assert_one_sentence(mistral("run", "Hi", *arguments, home=tmp_path), 3, "MISTRAL_CLI_MODEL")
+
+
+@pytest.mark.parametrize("name", ["./" + "x" * 300, "./two\nlines"])
+def test_3_a_name_that_is_odd(name: str, tmp_path: Path) -> None:
+    assert_one_sentence(mistral("show", name, home=tmp_path), 3, name.replace("\n", "\\n"))
 
 
 def test_4_a_gated_model(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mistralcli.model import Linear, Transformer
-from mistralcli.weights import open_checkpoint
+from mistralcli.weights import Checkpoint, open_checkpoint
 from quant.checkpoint import BuildReport, quantize_checkpoint
 from quant.errors import DiskError, IntegrityError, QualityError, UsageError
 from quant.plan import into_shards, plan_tensors
@@ -130,9 +130,10 @@ def test_a_source_without_config_json_takes_the_configuration_that_is_given(
     source: Path, tmp_path: Path
 ) -> None:
     config = json.loads((source / "config.json").read_text())
+    opened = open_checkpoint(source)
     (source / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(IntegrityError, match=r"config\.json"):
-        build(source, tmp_path / "build")
+        quantize_checkpoint(opened, source, tmp_path / "build", INT4, head_scheme=None)
     (tmp_path / "config.json").rename(source / "config.json")
     build(source, tmp_path / "build", config=config | {"dtype": "float16"})
     assert tensors(tmp_path / "build")["lm_head.weight_scale"].dtype == torch.float16
@@ -311,8 +312,10 @@ def test_what_cannot_be_quantized_is_said(
     weights = load_file(source / "model.safetensors")
     change(weights)
     save_file(weights, source / "model.safetensors")
+    # `open_checkpoint` would refuse it before.
+    unchecked = Checkpoint(source, dict.fromkeys(weights, source / "model.safetensors"), {})
     with pytest.raises(UsageError, match=message):
-        build(source, tmp_path / "build", head_scheme=None)
+        quantize_checkpoint(unchecked, source, tmp_path / "build", INT4, head_scheme=None)
 
 
 def test_the_gate_fails_a_build_and_marks_it(source: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """`mistral quantize` and what comes after it: names, refusals, layouts, and builds that run, are listed and removed."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pexpect
 import pytest
 import torch
 from models import all_logits, load, random_checkpoint, token_ids
-from program import assert_one_sentence, mistral
+from program import MISTRAL, assert_one_sentence, environment, mistral
 from safetensors.torch import load_file
 from test_weights import as_mistral_layout
 
@@ -70,12 +72,49 @@ def test_an_existing_build_is_replaced_only_with_force(tiny_model_dir: Path, tmp
         (["--scheme", "int4", "--bits", "8"], "int4"),
         (["--scheme", "q5"], "q5"),
         (["-o", "bad:name"], "bad:name"),
+        (["--max-error", "-1"], "--max-error is -1.0"),
+        (["--max-error", "nan"], "--max-error is nan"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(
     flags: list[str], part: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     assert_one_sentence(mistral("quantize", tiny_model_dir, *flags, home=tmp_path), 2, part)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_build_has_a_name_also_when_its_model_s_has_blanks(tiny_model_dir: Path, tmp_path: Path) -> None:
+    named = tmp_path / "My (Model)..v0.3"
+    shutil.copytree(tiny_model_dir, named)
+    made = mistral("quantize", f"./{named.name}", "-q", home=tmp_path)
+    assert (made.returncode, made.stdout) == (0, "my-model-v0.3-int4\n"), made.stderr
+
+
+def test_what_is_no_build_is_not_replaced_and_force_is_not_offered(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    for force in ([], ["--force"]):
+        done = mistral("quantize", tiny_model_dir, "-o", "./mine", *force, home=tmp_path)
+        assert_one_sentence(done, 2, "is not a build")
+        assert "--force" not in done.stderr
+
+
+def test_the_summary_counts_the_layers_of_each_scheme(tmp_path: Path, tiny_model_dir: Path) -> None:
+    random_checkpoint(tmp_path / "odd", hidden_size=128, intermediate_size=160, vocab_size=32768)
+    shutil.copy(tiny_model_dir / "tokenizer.model", tmp_path / "odd")
+    made = mistral("quantize", "./odd", home=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "layers: 15 in int4-g128, 3 in int4-g32, 3 in int4-g64, 1 in int8, " in made.stderr
+
+
+def test_a_quiet_quantize_says_nothing_at_a_terminal_but_the_name(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    command = [*MISTRAL, "quantize", str(tiny_model_dir), "-q"]
+    child = pexpect.spawn(command[0], command[1:], env=environment(tmp_path), encoding="utf-8", timeout=120)
+    child.expect(pexpect.EOF)
+    assert child.before == "tiny-int4\r\n"
 
 
 def test_a_build_of_mistrals_own_layout_is_that_of_hugging_faces(tmp_path: Path) -> None:

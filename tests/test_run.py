@@ -53,6 +53,16 @@ def test_the_prompt_comes_from_argument_file_and_pipe_in_this_order(
     )
 
 
+def test_a_file_and_a_pipe_give_the_same_prompt_without_its_byte_order_mark(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    text = "\ufeffone\r\ntwo\r\n"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    expected = answer(tiny_model_dir, tmp_path, "one\r\ntwo")["usage"]
+    assert answer(tiny_model_dir, tmp_path, "-f", "prompt.txt")["usage"] == expected
+    assert answer(tiny_model_dir, tmp_path, stdin=text)["usage"] == expected
+
+
 def test_raw_uses_no_template_and_system_is_part_of_it(tiny_model_dir: Path, tmp_path: Path) -> None:
     count = {
         name: answer(tiny_model_dir, tmp_path, "Hello", *flags)["usage"]["prompt_tokens"]  # type: ignore[index]
@@ -130,6 +140,21 @@ def test_ctrl_c_keeps_what_came_and_ends_by_sigint(tiny_model_dir: Path, tmp_pat
     assert b"Traceback" not in command.stderr.read()
 
 
+def test_ctrl_c_ends_the_program_also_where_an_import_would_swallow_the_exception(tmp_path: Path) -> None:
+    """torch swallows what numpy's import raises, and goes on with half of it."""
+    swallow = "import signal\ntry:\n    signal.raise_signal(2)\nexcept KeyboardInterrupt:\n    pass\n"
+    (tmp_path / "torch.py").write_text(swallow)
+    env = environment(tmp_path)
+    done = subprocess.run(
+        [*MISTRAL, "run", "Hello", "-m", "x"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=env | {"PYTHONPATH": f"{tmp_path}:{env['PYTHONPATH']}"},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     model = ["-m", str(tiny_model_dir)]
@@ -145,6 +170,11 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(tiny_model_dir: Pa
         (["run", *model, "-f", "latin1.txt"], "byte 3"),
         (["run", *model, "-f", "none.txt"], "none.txt"),
         (["run", "x", *model, "--no-such-flag"], "--no-such-flag"),
+        (["run", "x", *model, "--stop", "a", "--stop", ""], "--stop is empty"),
+        (["run", "caf\udce9", *model], "prompt is not UTF-8"),
+        (["run", "x", *model, "--system", "caf\udce9"], "--system is not UTF-8"),
+        (["run", "x", *model, "--stop", "caf\udce9"], "--stop is not UTF-8"),
+        (["chat", *model, "--system", "caf\udce9"], "--system is not UTF-8"),
         (["nonsense"], "nonsense"),
     ]:
         assert_one_sentence(mistral(*arguments, home=tmp_path), 2, part)

@@ -61,8 +61,21 @@ def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None
 
 
 def test_logits_that_are_no_numbers_are_an_error_not_a_token() -> None:
+    for bad in (math.nan, math.inf):
+        with pytest.raises(IntegrityError):
+            Sampler(SamplingParams())(torch.tensor([0.0, bad]), [])
     with pytest.raises(IntegrityError):
-        Sampler(SamplingParams())(torch.tensor([0.0, math.nan]), [])
+        Sampler(SamplingParams())(torch.tensor([-math.inf, -math.inf]), [])
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e40, 1e308])
+@pytest.mark.parametrize("repeat_penalty", [0.01, 1.0, 100.0])
+def test_extreme_parameters_still_choose_a_token(temperature: float, repeat_penalty: float) -> None:
+    params = SamplingParams(
+        temperature=temperature, repeat_penalty=repeat_penalty, top_k=3, top_p=0.9, min_p=0.1, seed=0
+    )
+    logits = torch.tensor([3e38, 0.0, -math.inf, -3e38, 2.0])
+    assert 0 <= Sampler(params)(logits, [0, 1, 3]) < 5
 
 
 @pytest.mark.parametrize(
@@ -75,6 +88,8 @@ def test_logits_that_are_no_numbers_are_an_error_not_a_token() -> None:
         {"top_k": -1},
         {"min_p": 2},
         {"repeat_penalty": 0},
+        {"repeat_penalty": 1e-300},
+        {"repeat_penalty": 1e300},
         {"seed": -1},
     ],
 )

@@ -1,6 +1,7 @@
 """`mistral show` tells the shape, and a cache size that is the process's own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def test_the_text_names_what_a_user_asks_for(home: Path) -> None:
     ):
         assert part in text
     assert "\x1b" not in text
+
+
+def test_a_damaged_card_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "damaged")
+    (tmp_path / "damaged" / "quantization_card.json").write_text("{")
+    assert_one_sentence(mistral("show", "./damaged", home=tmp_path), 9, "quantization_card.json")
 
 
 def test_a_context_beyond_the_models_own_is_refused(home: Path) -> None:

@@ -171,7 +171,8 @@ def test_an_index_that_is_not_an_index_is_an_integrity_error() -> None:
 def test_a_half_made_build_is_never_resolved(home: Path) -> None:
     add_build("tiny.partial")
     write_checkpoint(home / "other.partial")
-    for name in ("tiny.partial", "./other.partial"):
+    (store.models_directory() / "begun.partial").mkdir()
+    for name in ("tiny.partial", "./other.partial", "begun.partial"):
         with pytest.raises(IntegrityError, match="half-made"):
             store.resolve(name)
 
@@ -383,6 +384,13 @@ def test_on_a_terminal_rm_asks_and_only_yes_is_yes(home: Path, answer: str, is_r
     assert printed == b"" and b"remove tiny-int4 (200 kB)? [y/N]" in said
     assert directory.exists() is not is_removed
     assert process.returncode == (0 if is_removed else 1)
+
+
+def test_rm_says_by_which_other_names_the_revision_goes(home: Path) -> None:
+    snapshot = add_pulled(commit=OLD, ref="v1.0")
+    (hub_cache.repo_directory(MODEL) / "refs" / "main").write_text(OLD)
+    removed = mistral("rm", f"{MODEL}@v1.0", "--yes", home=home)
+    assert removed.stderr.endswith(f", which is also {MODEL}@main\n") and not snapshot.exists()
 
 
 @pytest.mark.parametrize("name", ["./checkpoint", "..", "/", "mistralai/missing", ""])

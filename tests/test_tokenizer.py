@@ -195,14 +195,15 @@ def test_a_fine_tune_with_a_chat_format_of_its_own_is_read_through_tokenizer_jso
     assert (load_tokenizer(directory).family, load_tokenizer(directory).version) == ("hf", "jinja")
 
 
-def test_eos_ids_are_the_tokenizers_own_and_all_of_the_configuration(tmp_path: Path) -> None:
-    directory = mistral_directory(tmp_path / "model", Path(SPM_V3).name, "tokenizer.model")
-    (directory / "config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
-    (directory / "generation_config.json").write_text('{"eos_token_id": [8, 9]}', encoding="utf-8")
-    assert load_tokenizer(directory).eos_ids == {2, 7, 8, 9}
-    (directory / "config.json").write_text('{"eos_token_id": "</s>"}', encoding="utf-8")
-    with pytest.raises(IntegrityError, match=r"config\.json has an eos_token_id that is no token id: '</s>'"):
-        load_tokenizer(directory)
+@pytest.mark.parametrize(
+    "order", ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model"]
+)
+def test_of_several_tokenizers_the_newest_kind_is_read(order: str, tmp_path: Path) -> None:
+    names = ["tekken.json", "tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model"]
+    for name in names[names.index(order) :]:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(IntegrityError, match=f"/{order} is no readable tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_text_begins_with_bos_only_where_the_tokenizer_begins_texts_so(tmp_path: Path) -> None:
@@ -243,9 +244,7 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path, name: str, content: by
     assert caught.value.hint is not None and "pull the model again" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_broken_file_beside_the_tokenizer_is_named(tmp_path: Path, name: str) -> None:
     directory = byte_level_directory(tmp_path / "model")
     (directory / name).write_bytes(b'{"a": \xff}')

@@ -122,6 +122,10 @@ def reshape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
 
 
+def to_an_unknown_type(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.uint16)
+
+
 def to_integers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
 
@@ -133,6 +137,7 @@ def to_integers(tensors: dict[str, torch.Tensor]) -> None:
         (add, r"model\.layers\.3\.mlp\.up_proj\.weight does not belong"),
         (reshape, r"lm_head\.weight .* shape \[95, 48\] where .* \[96, 48\]"),
         (to_integers, r"model\.norm\.weight is stored as torch\.int32"),
+        (to_an_unknown_type, r"model\.norm\.weight in .*model\.safetensors has the unknown type U16"),
     ],
 )
 def test_a_tensor_that_is_wrong_is_named(
@@ -142,8 +147,19 @@ def test_a_tensor_that_is_wrong_is_named(
     tensors = load_file(tmp_path / "model.safetensors")
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(MistralError, match=message):
-        load(tmp_path)
+    for read in (load, open_checkpoint):  # to run it, and to quantize it
+        with pytest.raises(MistralError, match=message):
+            read(tmp_path)
+
+
+def test_rows_of_mistrals_layout_that_make_no_heads_are_named(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "hf")
+    as_mistral_layout(tmp_path / "hf", tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / "consolidated.safetensors")
+    name = "layers.0.attention.wq.weight"
+    save_file(tensors | {name: tensors[name][:-1].clone()}, tmp_path / "own" / "consolidated.safetensors")
+    with pytest.raises(IntegrityError, match=r"layers\.0\.self_attn\.q_proj\.weight .* shape \[63, 48\]"):
+        open_checkpoint(tmp_path / "own")
 
 
 def test_a_head_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:

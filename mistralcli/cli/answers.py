@@ -1,6 +1,5 @@
 """What `run` and `chat` share: where a prompt comes from, loading a model, and a line of statistics."""
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,31 +14,33 @@ if TYPE_CHECKING:
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt's parts in order: argument, file, and standard input when it is no terminal.
 
-    One newline at the end of the file and of standard input is not part of the prompt.
+    One line end at the end of the file and of standard input is not part of the prompt.
 
     Raises:
         UsageError: there is nothing to answer, or a source cannot be read as UTF-8 text.
     """
     parts = [prompt] if prompt not in (None, "-") else []
     if file is not None and str(file) != "-":
-        parts.append(_read_file(file).removesuffix("\n"))
+        parts.append(_without_line_end(_read_file(file)))
     if prompt == "-" or str(file) == "-" or not console.is_terminal(sys.stdin):
-        parts.append(console.read_in().removesuffix("\n"))
+        parts.append(_without_line_end(console.read_in()))
     text = "\n\n".join(part for part in parts if part)
     if not text:
-        raise UsageError("there is no prompt", 'give one: mistral run "Why is the sky blue?", or pipe one in')
+        raise UsageError(
+            "there is no prompt", 'pipe one in, or give one to run: mistral run "Why is the sky blue?"'
+        )
     return text
 
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text (byte {error.start})", "convert it first, e.g. with iconv"
-        ) from None
+        return console.decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _without_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":
@@ -51,14 +52,13 @@ def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "
     from mistralcli import store
     from mistralcli.session import open_session
 
-    if model is None:
+    if not model:
         raise ModelNotFoundError(
             "no model was named",
             "name one with -m or in MISTRAL_CLI_MODEL; `mistral list` shows those that are here",
         )
     directory = store.resolve_to_run(model)
-    bar = contextlib.nullcontext(lambda done, total: None) if quiet else console.progress(f"loading {model}")
-    with bar as update:
+    with console.progress(f"loading {model}", quiet=quiet) as update:
         return open_session(
             directory, options, name=model, on_progress=update, on_note=_silent if quiet else console.note
         )
@@ -80,4 +80,4 @@ def statistics(completion: "Completion") -> str:
         parts[-1] += f" ({n_decoded / decode_s:.1f}/s)"
     if completion.finish_reason == "length":
         parts.append("cut off at the length limit")
-    return " · ".join(parts)
+    return "; ".join(parts)

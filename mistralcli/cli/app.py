@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from mistralcli import __version__
 from mistralcli.cli.console import show_error
-from mistralcli.errors import DiskError, MistralError
+from mistralcli.errors import DiskError, MistralError, UsageError
 
 
 @dataclass(frozen=True)
@@ -111,26 +111,51 @@ def _with_signals(function: Callable[..., None]) -> Callable[..., None]:
 
 def _die_of(number: signal.Signals) -> NoReturn:
     """End as if the signal had not been caught, so that a shell sees 130 or 141 and its loops stop."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())  # what is still buffered has no reader
+    _drop_output()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     raise SystemExit(128 + number)
 
 
+def _drop_output() -> None:
+    """Let what is still buffered for stdout go nowhere: it cannot be written, and Python tries once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Put an empty one in the place of a standard stream that is closed, which Python sets to None.
+
+    Raises:
+        UsageError: it is standard output, without which no command is of use.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        # The lowest free descriptor is the stream's own, which no file that is opened later shall have.
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if "stdout" in closed:
+        raise UsageError("standard output is closed", "open it; what is not wanted can go to /dev/null")
+
+
 def main() -> int:
     """Run the program and return its exit code; every known failure is one sentence on stderr, never a traceback."""
     try:
+        _open_standard_streams()
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except MistralError as error:
         show_error(error)
         return error.exit_code
     except typer.TyperException as error:
-        show_error(MistralError(error.format_message(), "`mistral COMMAND --help` lists what it takes"))
+        if error.format_message():  # there is none with the overview, which has been printed
+            show_error(MistralError(error.format_message(), "`mistral COMMAND --help` lists what it takes"))
         return getattr(error, "exit_code", 2)
     except typer.Abort:
         _die_of(signal.SIGINT)
+    except BrokenPipeError:
+        _die_of(signal.SIGPIPE)
     except OSError as error:
+        _drop_output()
         known = _from_os(error)
         show_error(known)
         return known.exit_code

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mistralcli.cli.chat_file import load_chat, save_chat
-from mistralcli.cli.chat_state import Chat, ChatState, settings_of, with_setting
+from mistralcli.cli.chat_state import SETTINGS, Chat, ChatState, settings_of, with_setting
 from mistralcli.conversation import Conversation
 from mistralcli.errors import UsageError
 from mistralcli.session import Completion
@@ -26,9 +26,9 @@ def run_command(chat: Chat, state: ChatState, line: str) -> ChatState:
     """Run the command in `line`, which begins with a slash. Raises MistralError when it cannot be done."""
     name, argument = split_command(line)
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         raise UsageError(
-            f"there is no command /{name}; the nearest is /{nearest}",
+            f"there is no command /{name}; " + (f"the nearest is /{near[0]}" if near else "/help lists them"),
             "to send a message that begins with /, type //",
         )
     command = COMMANDS[name]
@@ -40,10 +40,10 @@ def run_command(chat: Chat, state: ChatState, line: str) -> ChatState:
 
 
 def split_command(line: str) -> tuple[str, str]:
-    """`/name argument` into its two parts; what follows the first white space is the argument."""
+    """`/name argument` into its two parts, the name in lower case; the argument follows the first white space."""
     parts = line.strip().removeprefix("/").split(maxsplit=1)
     name, argument, *_ = (*parts, "", "")
-    return name, argument
+    return name.lower(), argument
 
 
 def _help(chat: Chat, state: ChatState, argument: str) -> ChatState:
@@ -67,6 +67,7 @@ def _exit(chat: Chat, state: ChatState, argument: str) -> ChatState:
 
 
 def _clear(chat: Chat, state: ChatState, argument: str) -> ChatState:
+    chat.terminal.note("all messages are forgotten")
     return replace(state, conversation=Conversation().with_system(state.system), last=None)
 
 
@@ -75,13 +76,14 @@ def _system(chat: Chat, state: ChatState, argument: str) -> ChatState:
         chat.terminal.note(state.system or "there is no system prompt")
         return state
     system = None if argument == "none" else argument
+    chat.terminal.note("the system prompt is " + ("removed" if system is None else "set"))
     return replace(state, conversation=state.conversation.with_system(system))
 
 
 def _set(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    name, _, value = argument.partition(" ")
-    if name:
-        state = with_setting(state, name, _number(name, value.strip()))
+    name, value, *_ = (*argument.split(maxsplit=1), "", "")
+    if value or name not in ("", *SETTINGS):
+        state = with_setting(state, name, _number(name, value))
     for setting, number in settings_of(state).items():
         if name in ("", setting):
             chat.terminal.note(f"{setting:<14}  {'none' if number is None else number}")
@@ -100,7 +102,9 @@ def _number(name: str, text: str) -> int | float | None:
 
 
 def _undo(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    return replace(state, conversation=_without_last(state.conversation, 2), last=None)
+    conversation = _without_last(state.conversation, 2)
+    chat.terminal.note("the last message and its answer are taken back")
+    return replace(state, conversation=conversation, last=None)
 
 
 def _retry(chat: Chat, state: ChatState, argument: str) -> ChatState:
@@ -116,26 +120,36 @@ def _without_last(conversation: Conversation, n_messages: int) -> Conversation:
 
 
 def _save(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    path = Path(argument).expanduser()
+    path = _file(argument)
     save_chat(path, chat.session.name, state)
     chat.terminal.note(f"saved in {path}")
     return state
 
 
 def _load(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    model, loaded = load_chat(Path(argument).expanduser())
+    model, loaded = load_chat(_file(argument))
     if model != chat.session.name:
         chat.terminal.note(f"it was held with {model}, and goes on with {chat.session.name}")
     chat.terminal.note(f"loaded {len(loaded.conversation.messages)} messages")
     return loaded
 
 
+def _file(argument: str) -> Path:
+    """The path that a user means, who may write ~ for a home."""
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{argument}: nobody of that name has a home here") from None
+    if "\0" in argument:
+        raise UsageError(f"{argument} cannot be the name of a file")
+    return path
+
+
 def _stats(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    engine = chat.session.engine
     n_used = 0 if state.last is None else state.last.n_prompt + len(state.last.token_ids)
     lines = ["there is no answer yet"] if state.last is None else _turn_stats(state.last)
-    lines.append(f"context   {n_used} of {engine.max_seq_len} tokens used")
-    lines.append(f"cache     {engine.cache.size_bytes / 1e6:.1f} MB")
+    lines.append(f"context   {n_used} of {chat.session.max_seq_len} tokens used")
+    lines.append(f"cache     {chat.session.cache_bytes / 1e6:.1f} MB")
     for line in lines:
         chat.terminal.note(line)
     return state

@@ -11,8 +11,11 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_state_path
 
 from mistralcli.cli.chat_state import SETTINGS, ChatState, settings_of, with_setting
 from mistralcli.conversation import Conversation, Message, Role
@@ -31,16 +34,30 @@ def save_chat(path: Path, model: str, state: ChatState) -> None:
         UsageError: `path` exists and is something else than a saved chat.
         DiskError: it cannot be written.
     """
-    if path.exists() and not _is_saved_chat(path):
-        raise UsageError(f"{path} exists and is not a saved chat", "choose another name, or remove it first")
     messages = [
         {"role": m.role, "content": m.content} for m in state.conversation.messages if m.role != "system"
     ]
     parts = {"model": model, "system": state.system, "messages": messages, "settings": settings_of(state)}
     try:
+        if path.exists() and not _is_saved_chat(path):
+            raise UsageError(
+                f"{path} exists and is not a saved chat", "choose another name, or remove it first"
+            )
         _replace(path, json.dumps(_FORMAT | parts, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def rescue_chat(model: str, state: ChatState) -> Path:
+    """Save a chat that is about to be lost, under a name of its own in our state directory. Raises DiskError."""
+    directory = user_state_path("mistral")
+    path = directory / f"rescued-{datetime.now():%Y-%m-%d-%H%M%S}.json"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{directory} cannot be made: {error.strerror}") from None
+    save_chat(path, model, state)
+    return path
 
 
 def load_chat(path: Path) -> tuple[str, ChatState]:

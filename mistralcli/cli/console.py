@@ -6,9 +6,11 @@ and never through markup. Into a pipe it goes unchanged (`write_out`).
 
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Protocol, TextIO
 
 from mistralcli.errors import MistralError, UsageError
@@ -52,9 +54,10 @@ def has_color(stream: TextIO | None) -> bool:
 
 
 def note(message: str) -> None:
-    """Say `message` on stderr, as one line of its own."""
+    """Say `message` on stderr, as one line of its own. Where nobody can hear it, that is no error."""
     if sys.stderr is not None:  # else print would take stdout
-        print(printable(message), file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -63,8 +66,9 @@ def warn(message: str) -> None:
 
 
 def error_text(error: MistralError) -> str:
-    """What failed and, on a second line, what to do about it."""
-    return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
+    """What failed and, on a second line, what to do about it; a newline in a name begins no other line."""
+    lines = [f"error: {error.message}"] + ([f"hint: {error.hint}"] if error.hint else [])
+    return "\n".join(line.replace("\n", "\\n") for line in lines)
 
 
 def show_error(error: MistralError) -> None:
@@ -88,21 +92,47 @@ def write_out(text: str) -> None:
 
 def read_in() -> str:
     """All of stdin as UTF-8 text. Raises UsageError when it is something else."""
+    return decoded(sys.stdin.buffer.read(), "standard input")
+
+
+def decoded(data: bytes, source: str) -> str:
+    """`data` as UTF-8 text, line ends as they are, without a byte order mark. Raises UsageError naming `source`."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"standard input is not UTF-8 text (byte {error.start})",
-            "convert it first, for example with iconv",
+            f"{source} is not UTF-8 text (byte {error.start})", "convert it first, for example with iconv"
         ) from None
 
 
 @contextmanager
-def progress(description: str, total_bytes: int | None = None) -> Iterator[Update]:
-    """A progress bar on stderr while the block runs, when that is a terminal; gives `update(done_bytes)`."""
-    if not is_smart_terminal(sys.stderr):
-        yield _no_update
-        return
+def on_interrupt(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let Ctrl-C call `handler` while the block runs, unless whoever started the program had it ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress(description: str, total_bytes: int | None = None, *, quiet: bool = False) -> Iterator[Update]:
+    """A progress bar on stderr while the block runs, when that is a terminal; gives `update(done_bytes)`.
+
+    In the block Ctrl-C raises KeyboardInterrupt, so that nothing half-made stays.
+    """
+    with on_interrupt(signal.default_int_handler):
+        if quiet or not is_smart_terminal(sys.stderr):
+            yield _no_update
+        else:
+            with _bar(description, total_bytes) as update:
+                yield update
+
+
+@contextmanager
+def _bar(description: str, total_bytes: int | None) -> Iterator[Update]:
     from rich import progress as rich_progress
     from rich.console import Console
 

@@ -4,6 +4,30 @@ from typing import Annotated
 
 import typer
 
+from mistralcli.errors import UsageError
+
+
+def utf8_text(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """The value, for a callback of Typer. Raises UsageError where its bytes were not UTF-8: Python keeps surrogates."""
+    try:
+        (value or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{parameter.opts[0]} is not UTF-8 text (character {error.start})",
+            "convert it first, for example with iconv",
+        ) from None
+    return value
+
+
+def stop_texts(parameter: typer.CallbackParam, values: list[str] | None) -> list[str] | None:
+    """As `utf8_text`, for several. Raises UsageError for an empty one too, which would be found everywhere."""
+    for value in values or ():
+        utf8_text(parameter, value)
+        if not value:
+            raise UsageError("--stop is empty", "give the text to end before")
+    return values
+
+
 _SAMPLING = "Sampling"
 _ENGINE = "Engine"
 
@@ -13,7 +37,7 @@ Model = Annotated[
         "-m", "--model", envvar="MISTRAL_CLI_MODEL", help="A Hub id, a local build's name, or a directory."
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
+System = Annotated[str | None, typer.Option("--system", help="System prompt.", callback=utf8_text)]
 MaxTokens = Annotated[
     int | None,
     typer.Option(

@@ -3,11 +3,13 @@
 It knows no terminal library and no tensors: `Chat` has the session that answers and the terminal that shows.
 """
 
+import signal
 from dataclasses import replace
 
 from mistralcli.cli.chat_commands import run_command
+from mistralcli.cli.chat_file import rescue_chat
 from mistralcli.cli.chat_state import Chat, ChatState
-from mistralcli.cli.console import error_text
+from mistralcli.cli.console import error_text, on_interrupt
 from mistralcli.errors import ContextOverflowError, MistralError
 from mistralcli.session import Completion
 
@@ -15,14 +17,32 @@ QUOTES = '"""'
 
 
 def run_repl(chat: Chat, state: ChatState) -> None:
-    """Chat until /exit or Ctrl-D, which return, or two Ctrl-C, which raise KeyboardInterrupt."""
-    while not state.leaving:
+    """Chat until /exit or Ctrl-D, which return, or two Ctrl-C, which raise KeyboardInterrupt.
+
+    While an answer comes Ctrl-C stops it; the signal does nothing else, so that none takes the conversation with
+    it. An error that nobody foresaw is raised on, after the conversation has been saved.
+    """
+    with on_interrupt(lambda number, frame: None):
+        while not state.leaving:
+            try:
+                text = chat.terminal.read(state.draft)
+                if text.strip():
+                    state = step(chat, replace(state, draft=""), text)
+            except EOFError:
+                return
+            except Exception:
+                _rescue(chat, state)
+                raise
+
+
+def _rescue(chat: Chat, state: ChatState) -> None:
+    """Save the conversation, if there is one, and say where."""
+    if state.conversation.messages:
         try:
-            text = chat.terminal.read(state.draft)
-        except EOFError:
-            return
-        if text.strip():
-            state = step(chat, replace(state, draft=""), text)
+            path = rescue_chat(chat.session.name, state)
+            chat.terminal.note(f"the conversation is saved: /load {path} goes on with it")
+        except MistralError as error:
+            chat.terminal.note(error_text(error))
 
 
 def step(chat: Chat, state: ChatState, text: str) -> ChatState:
@@ -69,8 +89,9 @@ def answered(chat: Chat, state: ChatState) -> ChatState:
     except ContextOverflowError as error:
         raise ContextOverflowError(error.message, "/undo, /clear or a shorter message makes room") from None
     try:
-        for piece in completion:
-            chat.terminal.write(piece)
+        with on_interrupt(signal.default_int_handler):
+            for piece in completion:
+                chat.terminal.write(piece)
     except KeyboardInterrupt:
         completion.close()
         if not completion.text:
@@ -92,4 +113,4 @@ def _end_answer(chat: Chat, state: ChatState, completion: Completion) -> None:
     elif completion.finish_reason == "length" and len(completion.token_ids) == state.max_tokens:
         chat.terminal.note(f"(cut off at max_tokens {state.max_tokens})")
     elif completion.finish_reason == "length":
-        chat.terminal.note(f"(cut off: the context of {chat.session.engine.max_seq_len} tokens is full)")
+        chat.terminal.note(f"(cut off: the context of {chat.session.max_seq_len} tokens is full)")

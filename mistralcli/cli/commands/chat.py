@@ -54,13 +54,14 @@ def chat(
 
     When standard input is no terminal, all of it is one message: it is answered on standard output.
     """
-    from mistralcli.cli.chat_state import ChatState
+    from mistralcli.cli.chat_state import ChatState, with_setting
     from mistralcli.conversation import Conversation
     from mistralcli.sampling import SamplingParams
     from mistralcli.session import SessionOptions
 
     params = SamplingParams(temperature, top_p, top_k, min_p, repeat_penalty, seed)
-    state = ChatState(Conversation().with_system(system), params, max_tokens)
+    state = ChatState(Conversation().with_system(system), params)
+    state = with_setting(state, "max_tokens", max_tokens)  # refuses what /set and a saved chat would refuse
     message = None if console.is_terminal(sys.stdin) else read_prompt(None, None)
     options = SessionOptions(ctx, chunk, slack, device, dtype)
     session = load_session(_one_model(context, named, model), options, quiet=False)

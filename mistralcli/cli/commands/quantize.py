@@ -1,11 +1,14 @@
 """`mistral quantize`: a model to a smaller build of it."""
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mistralcli.cli import console
+from mistralcli.errors import UsageError
 from mistralcli.units import size_text
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ def quantize(
 
     The layers' linears are quantized, an untied head gets 8 bits, embedding and norms stay as they are.
     """
+    if max_error is not None and not 0 <= max_error < math.inf:
+        raise UsageError(f"--max-error is {max_error}; it must be 0 or more", "0.1 is a tenth of the norm")
     from mistralcli import store
     from quant.scheme import parse_scheme
 
@@ -48,18 +53,18 @@ def quantize(
     source = store.resolve(model)
     name = output or f"{_repository_name(model, source)}-{_short_name(chosen.name)}"
     destination = store.build_directory(name)
-    report = _build(model, source, destination, chosen, max_error, force)
+    report = _build(model, source, destination, chosen, max_error, force, quiet)
     if not quiet:
         console.note(summary(report))
     console.write_out(f"{name}\n")
 
 
 def _repository_name(model: str, source: Path) -> str:
-    """The model's own name in lower case: the repository's, or the directory's."""
+    """The model's own name, the repository's or the directory's, in lower case and in what a build's name may have."""
     repository = model.partition("@")[0]
-    return (
-        source.resolve().name if "/" not in repository or Path(model).is_dir() else Path(repository).name
-    ).lower()
+    is_directory = "/" not in repository or Path(model).is_dir()
+    name = source.resolve().name if is_directory else Path(repository).name
+    return re.sub(r"([^\w.]|\.{2,})+", "-", name.lower(), flags=re.ASCII).strip("-.")[:100] or "model"
 
 
 def _short_name(scheme: str) -> str:
@@ -68,7 +73,13 @@ def _short_name(scheme: str) -> str:
 
 
 def _build(
-    model: str, source: Path, destination: Path, scheme: "Scheme", max_error: float | None, force: bool
+    model: str,
+    source: Path,
+    destination: Path,
+    scheme: "Scheme",
+    max_error: float | None,
+    force: bool,
+    quiet: bool,
 ) -> "BuildReport":
     """Quantize with a progress bar on a terminal."""
     from mistralcli.config import hugging_face_config, read_config
@@ -77,7 +88,7 @@ def _build(
     from quant.scheme import default_head_scheme
 
     has_own_config = (source / "config.json").is_file()
-    with console.progress(f"quantizing to {scheme.name}") as update:
+    with console.progress(f"quantizing to {scheme.name}", quiet=quiet) as update:
         return quantize_checkpoint(
             open_checkpoint(source),
             source,
@@ -94,9 +105,13 @@ def _build(
 
 
 def summary(report: "BuildReport") -> str:
-    """One line: size before and after, bits per weight, the largest error, how long it took."""
+    """One line: size before and after, what is stored how, the largest error, how long it took.
+
+    A scheme's groups may not divide the rows of every layer, so what was asked for is not all that there is.
+    """
+    stored = ", ".join(f"{count} in {name}" for name, count in report.n_layers_by_scheme.items())
     return (
-        f"{size_text(report.size_before_bytes)} to {size_text(report.size_after_bytes)}, "
+        f"{size_text(report.size_before_bytes)} to {size_text(report.size_after_bytes)}, layers: {stored}, "
         f"{report.bits_per_weight:.2f} bits a quantized weight, "
         f"largest relative error {report.worst_error:.4f} ({report.worst_tensor}), {report.seconds:.0f} s"
     )

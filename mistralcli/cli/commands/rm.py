@@ -1,12 +1,15 @@
 """`mistral rm`: delete a model from this machine, after asking."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mistralcli.cli import console
 from mistralcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from mistralcli.store import StoredModel
 
 
 def rm(
@@ -24,13 +27,20 @@ def rm(
 
     found = store.find(model)
     size = size_text(sum(one.size_bytes for one in found))
-    what = f"{model} ({f'{len(found)} revisions, ' if len(found) > 1 else ''}{size})"
+    what = f"{model} ({f'{len(found)} revisions, ' if len(found) > 1 else ''}{size}){_also(model, found)}"
     if not yes and not _confirmed(f"remove {what}?"):
         console.note("nothing was removed")
         raise typer.Exit(1)
     for one in found:
         store.remove(one)
     console.note(f"removed {what}")
+
+
+def _also(model: str, found: "list[StoredModel]") -> str:
+    """The other branches and tags that name the one commit which is to go."""
+    repository, at, revision = model.partition("@")
+    others = [f"{repository}@{ref}" for one in found for ref in one.refs if at and ref != revision]
+    return f", which is also {' and '.join(others)}" if others else ""
 
 
 def _confirmed(question: str) -> bool:

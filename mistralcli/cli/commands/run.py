@@ -26,6 +26,8 @@ from mistralcli.cli.options import (
     Temperature,
     TopK,
     TopP,
+    stop_texts,
+    utf8_text,
 )
 from mistralcli.errors import UsageError
 
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
 def run(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; `-` or none reads standard input.")
+        str | None,
+        typer.Argument(help="The prompt; `-` or none reads standard input.", callback=utf8_text),
     ] = None,
     model: Model = None,
     file: Annotated[
@@ -47,7 +50,10 @@ def run(
     ] = False,
     max_tokens: MaxTokens = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this text (may be given several times).")
+        list[str] | None,
+        typer.Option(
+            "--stop", help="End before this text (may be given several times).", callback=stop_texts
+        ),
     ] = None,
     temperature: Temperature = DEFAULT_TEMPERATURE,
     top_p: TopP = 1.0,

@@ -56,13 +56,15 @@ def _plan(
 
 
 def _facts(model: str, directory: Path, config: "ModelConfig", plan: "MemoryPlan") -> dict[str, Any]:
+    from mistralcli.config import read_json
+
     files = sorted(path for path in directory.iterdir() if path.is_file())
     card = directory / "quantization_card.json"
     return {
         "model": model,
         "path": str(directory),
         "config": {key: value for key, value in vars(config).items() if key != "quantization"},
-        "quantization": json.loads(card.read_text()) if card.is_file() else None,
+        "quantization": read_json(card) if card.is_file() else None,
         "files": {path.name: path.stat().st_size for path in files},
         "size_bytes": sum(path.stat().st_size for path in files),
         "memory": {

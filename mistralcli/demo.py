@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+DEMO = "demo"
+"""Its name, where no other model has it."""
+
 
 def demo_directory() -> Path:
     """The checkpoint in the installed package; with it is `golden.json`, which `mistral doctor` replays."""

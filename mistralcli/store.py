@@ -1,7 +1,7 @@
 """The models on this machine: our builds by name, and what was pulled into the Hub's cache by its Hub id.
 
 A model is named, in this order, by an existing directory when the name has a path separator or begins with a
-dot; by a build's name; by a Hub id with an optional `@REVISION`.
+dot; by a build's name; by a Hub id with an optional `@REVISION`; `demo` is the one in the package.
 """
 
 import difflib
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import platformdirs
 
 from mistralcli.config import MODEL_TYPES, read_json
+from mistralcli.demo import DEMO, demo_directory
 from mistralcli.errors import (
     DiskError,
     IntegrityError,
@@ -196,10 +197,15 @@ def _find_by_name(model: str) -> Path | None:
     if _BUILD_NAME.fullmatch(model) and (directory := models_directory() / model).is_dir():
         return directory
     wanted = _as_hub_model(model)
-    return find_snapshot(wanted) if wanted else None
+    snapshot = find_snapshot(wanted) if wanted else None
+    return demo_directory() if snapshot is None and model == DEMO else snapshot
 
 
 def _not_found(model: str) -> ModelNotFoundError:
+    if not model:
+        return ModelNotFoundError(
+            "the model's name is empty", "`mistral list` shows the models that are here"
+        )
     if _existing_path(model) is not None:
         return ModelNotFoundError(
             f"{model} is not a model: it has neither config.json nor params.json",

@@ -204,7 +204,6 @@ def test_a_golden_completion_of_the_wrong_form_is_refused(content: dict[str, Any
         read_golden(tmp_path)
 
 
-@pytest.mark.skipif(not (demo_directory() / "golden.json").is_file(), reason="the demo model is not made yet")
 def test_the_demo_that_we_ship_says_its_golden_completion() -> None:
     found = list(examine(Context(offline=True), [check_demo]))
     assert found and {one.status for one in found} == {"ok"}, found

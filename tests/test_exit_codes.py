@@ -76,9 +76,8 @@ def test_3_a_model_that_is_not_here(command: list[str], tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m", ""]])
-def test_3_no_model_is_named(arguments: list[str], tmp_path: Path) -> None:
-    assert_one_sentence(mistral("run", "Hi", *arguments, home=tmp_path), 3, "MISTRAL_CLI_MODEL")
+def test_3_the_name_is_empty(tmp_path: Path) -> None:
+    assert_one_sentence(mistral("run", "Hi", "-m", "", home=tmp_path), 3, "name is empty")
 
 
 @pytest.mark.parametrize("name", ["./" + "x" * 300, "./two\nlines"])

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistralcli.cli import console
-from mistralcli.errors import ModelNotFoundError, UsageError
+from mistralcli.demo import DEMO
+from mistralcli.errors import UsageError
 
 if TYPE_CHECKING:
     from mistralcli.session import Completion, Session, SessionOptions
@@ -43,20 +44,22 @@ def _without_line_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+_PULL = "mistral pull mistralai/Mistral-7B-Instruct-v0.3"
+
+
 def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":
-    """Resolve the model's name and load it, with a progress bar on a terminal.
+    """Resolve the model's name and load it, with a progress bar on a terminal; without a name, the built-in demo.
 
     Raises:
-        ModelNotFoundError: no model was named, or there is none of that name.
+        ModelNotFoundError: there is none of that name.
     """
     from mistralcli import store
     from mistralcli.session import open_session
 
-    if not model:
-        raise ModelNotFoundError(
-            "no model was named",
-            "name one with -m or in MISTRAL_CLI_MODEL; `mistral list` shows those that are here",
-        )
+    if model is None:
+        model = DEMO
+        if not quiet:
+            console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
     directory = store.resolve_to_run(model)
     with console.progress(f"loading {model}", quiet=quiet) as update:
         return open_session(

@@ -41,6 +41,9 @@ from quant.files import STEMS, weight_files
 PARTIAL = ".partial"
 """The suffix of a build's directory while it is being made."""
 
+REINSTALL = "reinstall mistral-cli, whose package has the demo model in it (pip install --force-reinstall)"
+"""What to do when something is missing from the demo."""
+
 _BUILD_NAME = re.compile(r"\w[\w.-]{0,126}", re.ASCII)
 
 
@@ -96,9 +99,12 @@ def resolve(model: str) -> Path:
     directory = path if path is not None and path.is_dir() else _find_by_name(model)
     if directory is not None and directory.name.endswith(PARTIAL):
         raise IntegrityError(f"{model} is a half-made build", "make it again with `mistral quantize`")
-    if directory is None or not _has_config(directory):
+    is_demo = directory == demo_directory()
+    if directory is None or not (is_demo or _has_config(directory)):
         raise _not_found(model)
     problem = checkpoint_problem(directory)
+    if problem is not None and is_demo:
+        raise IntegrityError(f"the installation is incomplete: {problem} ({directory})", REINSTALL)
     if problem is not None:
         raise IntegrityError(f"{model} is incomplete: {problem} ({directory})", "pull or quantize it again")
     return directory

@@ -19,7 +19,6 @@ from program import MISTRAL, environment, mistral
 
 import mistralcli.ops
 import quant.ops
-from mistralcli.demo import demo_directory
 from mistralcli.doctor import Context, examine
 from mistralcli.doctor.bandwidth import TOKEN_BYTES_7B
 from mistralcli.doctor.cases import cases
@@ -196,6 +195,9 @@ def test_another_choice_is_a_problem_only_where_the_golden_lead_is_above_the_bou
         {"prompt_ids": [1], "completion_ids": [2]},
         {"prompt_ids": [1], "completion_ids": [2], "gaps": []},
         {"prompt_ids": [1], "completion_ids": 2, "gaps": 3},
+        {"prompt_ids": [1], "completion_ids": ["a"], "gaps": [0.5]},
+        {"prompt_ids": [1.5], "completion_ids": [2], "gaps": [0.5]},
+        {"prompt_ids": [1], "completion_ids": [2], "gaps": ["0.5"]},
     ],
 )
 def test_a_golden_completion_of_the_wrong_form_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
@@ -209,13 +211,19 @@ def test_the_demo_that_we_ship_says_its_golden_completion() -> None:
     assert found and {one.status for one in found} == {"ok"}, found
 
 
-def test_a_torch_that_cannot_be_imported_is_a_problem_and_the_rest_is_examined(
-    installation: Path, tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken" / "torch"
-    broken.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables with which torch cannot be imported: the doctor then needs a second."""
+    broken = tmp_path_factory.mktemp("broken") / "torch"
+    broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
-    done = mistral("doctor", "--json", home=tmp_path, PYTHONPATH=f"{broken.parent}:{installation}")
+    return {"PYTHONPATH": f"{broken.parent}:{REPOSITORY}"}
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem_and_the_rest_is_examined(
+    without_torch: dict[str, str], tmp_path: Path
+) -> None:
+    done = mistral("doctor", "--json", home=tmp_path, **without_torch)
     found = by_name(done.stdout)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert found["torch"]["status"] == "problem" and "libcudart.so.12" in found["torch"]["message"]
@@ -223,12 +231,13 @@ def test_a_torch_that_cannot_be_imported_is_a_problem_and_the_rest_is_examined(
     assert found["python"]["status"] == found["token"]["status"] == "ok"
 
 
-def test_neither_a_token_nor_a_password_is_ever_shown(installation: Path, tmp_path: Path) -> None:
-    env = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    env |= {"HF_ENDPOINT": "http://me:secretword@127.0.0.1:9", "PYTHONPATH": str(installation)}
+def test_neither_a_token_nor_a_password_is_ever_shown(without_torch: dict[str, str], tmp_path: Path) -> None:
+    env = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"} | without_torch
+    env |= {"HF_ENDPOINT": "http://me:secretword@127.0.0.1:9", "HTTPS_PROXY": "me:secretword@127.0.0.1:8"}
     done = mistral("doctor", home=tmp_path, **env)
     assert TOKEN not in done.stdout + done.stderr and "secretword" not in done.stdout + done.stderr
     assert "from HF_TOKEN" in done.stdout and "http://127.0.0.1:9" in done.stdout
+    assert "127.0.0.1:8 (the proxy on the way to the Hub)" in done.stdout
 
 
 def test_a_check_that_fails_is_a_problem_with_its_error() -> None:
@@ -241,9 +250,9 @@ def test_a_check_that_fails_is_a_problem_with_its_error() -> None:
 
 
 def test_a_pipe_gets_aligned_plain_lines_and_problems_with_what_to_do_below(
-    installation: Path, tmp_path: Path
+    without_torch: dict[str, str], tmp_path: Path
 ) -> None:
-    env = {"HF_ENDPOINT": "huggingface", "FORCE_COLOR": "1", "PYTHONPATH": str(installation)}
+    env = {"HF_ENDPOINT": "huggingface", "HF_HUB_OFFLINE": "0", "FORCE_COLOR": "1"} | without_torch
     done = mistral("doctor", home=tmp_path, **env)
     assert done.returncode == 1 and done.stderr == "" and "\x1b" not in done.stdout
     for line in done.stdout.splitlines():
@@ -255,12 +264,12 @@ def test_a_pipe_gets_aligned_plain_lines_and_problems_with_what_to_do_below(
 
 @pytest.mark.parametrize(("env", "colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_the_status_is_coloured_on_a_terminal_unless_no_color_is_set(
-    env: dict[str, str], colored: bool, installation: Path, tmp_path: Path
+    env: dict[str, str], colored: bool, without_torch: dict[str, str], tmp_path: Path
 ) -> None:
     child = pexpect.spawn(
         MISTRAL[0],
         [*MISTRAL[1:], "doctor", "--offline"],
-        env=environment(tmp_path, PYTHONPATH=str(installation), **env),
+        env=environment(tmp_path, **without_torch, **env),
         cwd=str(tmp_path),
         encoding="utf-8",
         timeout=60,
@@ -268,6 +277,7 @@ def test_the_status_is_coloured_on_a_terminal_unless_no_color_is_set(
     )
     child.expect(pexpect.EOF)
     child.close()
-    assert child.exitstatus == 0
+    assert child.exitstatus == 1
     assert ("\x1b[32mok       \x1b[0mpython" in child.before) == colored
+    assert ("\x1b[31mproblem  \x1b[0mtorch" in child.before) == colored
     assert ("\x1b" in child.before) == colored

@@ -96,6 +96,20 @@ def test_a_build_comes_before_a_pulled_model_of_the_same_name() -> None:
     assert store.resolve("tiny") == hub_cache.repo_directory("tiny") / "snapshots" / NEW
 
 
+@pytest.mark.parametrize("damage", ["missing", "config.json", "model.safetensors"])
+def test_a_demo_that_is_not_in_the_package_is_an_incomplete_installation(
+    damage: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = home / "mistralcli" / "demo_model"
+    if damage != "missing":
+        write_checkpoint(demo)
+        (demo / damage).unlink()
+    monkeypatch.setattr(store, "demo_directory", lambda: demo)
+    with pytest.raises(IntegrityError, match="the installation is incomplete") as caught:
+        store.resolve("demo")
+    assert str(demo) in caught.value.message and "reinstall mistral-cli" in str(caught.value.hint)
+
+
 def test_a_revision_is_a_branch_a_tag_a_commit_or_its_beginning() -> None:
     old, new = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
     assert store.resolve(MODEL) == new
@@ -278,8 +292,9 @@ def test_models_of_other_kinds_in_the_shared_cache_are_left_out() -> None:
 
 
 def test_the_list_is_a_table_or_json(home: Path) -> None:
-    assert mistral("list", home=home).stdout == ""
-    assert json.loads(mistral("list", "--json", home=home).stdout) == []
+    without, as_json = mistral("list", home=home), mistral("list", "--json", home=home)
+    assert without.stdout == "" and "built-in `demo`" in without.stderr and "mistral pull" in without.stderr
+    assert json.loads(as_json.stdout) == [] and as_json.stderr == ""
     add_build("tiny-int4", card={"scheme": "int4-g128"})
     add_build("half.partial")
     add_pulled()

@@ -10,7 +10,7 @@ much of the text each kind gets. `heldout_prompts` and `heldout_text` are what t
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from training.talk import (
     lists,
     memory,
     numbers,
+    pasted,
     refusals,
     rewrite,
     smalltalk,
@@ -57,6 +58,7 @@ MIXTURE: dict[str, tuple[float, Sampler]] = {
     "memory": (4, chats.remembered),
     "not told": (0.5, memory.unknown),
     "refusal": (3, beside(refusals.refusal)),
+    "pasted": (1.5, pasted.pasted),
     "odd": (0.5, refusals.odd),
     "crisis": (0.1, refusals.crisis),
     "mixed": (2, chats.mixed),
@@ -110,8 +112,9 @@ def _stream(rng: Random) -> Iterator[Conversation]:
 
 def conversations(seed: int) -> Iterator[Conversation]:
     """Endless training conversations; the same for the same seed."""
-    stream = _stream(Random(f"corpus {seed}"))
-    return (one for one in stream if is_clean(one.turns))
+    stream, frames = _stream(Random(f"corpus {seed}")), Random(f"frames {seed}")
+    clean = (one for one in stream if is_clean(one.turns))
+    return (replace(one, turns=pasted.framed(frames, one.turns)) for one in clean)
 
 
 def heldout_text(n: int) -> Iterator[Conversation]:

@@ -1,6 +1,6 @@
 """Sample the corpus and tokenize it, in parallel.
 
-    python -m training.prepare TOKENIZER OUT_DIR --millions 400 --workers 16      64 s on 16 cores
+    python -m training.prepare TOKENIZER OUT_DIR --millions 300 --workers 16      a minute on 16 cores
 
 writes OUT_DIR/train.npy and OUT_DIR/heldout.npy (uint16 token ids of whole conversations, one after the other), the
 tokenizer, and corpus.json, which says how much it is. Each part is sampled with its own seed, so the same command gives
@@ -88,7 +88,7 @@ def main() -> None:
     )
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--millions", type=float, default=400, help="millions of tokens")
+    parser.add_argument("--millions", type=float, default=300, help="millions of tokens")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     n_parts = max(1, round(options.millions * 1_000_000 / PART_TOKENS))

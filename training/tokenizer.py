@@ -15,20 +15,26 @@ import sentencepiece
 
 from training.corpus import conversations
 from training.encoding import TOKENIZER_FILE
+from training.stories.words import kinds, things
 
 VOCAB_SIZE = 4096
 SEED = 1
 N_CONVERSATIONS = 60_000
+NAMED_TIMES = 1000
+"""How often every hero and object is added, so that each of its words is one piece: a story names them often, and the
+words that are in few conversations would else be three or four pieces each."""
 CONTROL = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"]
 CONTROL += ["[/TOOL_RESULTS]", "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
 
 
 def sampled_lines(n_conversations: int = N_CONVERSATIONS) -> Iterator[str]:
-    """The lines of the first conversations of seed SEED."""
+    """The lines of the first conversations of seed SEED, and the names of all that stories are about."""
     for one in islice(conversations(SEED), n_conversations):
         for turn in one.turns:
             for text in turn:
                 yield from filter(None, text.split("\n"))
+    for name in (*kinds(), *things()):
+        yield from [f"the {name}"] * NAMED_TIMES
 
 
 def train(lines: Iterator[str], directory: Path, vocab_size: int = VOCAB_SIZE) -> Path:

@@ -1,6 +1,6 @@
 """Train the demo model.
 
-    python -m training.train DATA STATE --seconds 540 --total-steps 9000
+    python -m training.train DATA STATE --seconds 540 --total-steps 5200
 
 Trains for at most `--seconds`, then saves everything to STATE/state.pt; the same command goes on from there until
 `--total-steps`. Every run ends with STATE/export, the model as a checkpoint (training/export.py), and training.json in
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="what training.prepare wrote")
     parser.add_argument("state", type=Path)
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--total-steps", type=int, default=9000)
+    parser.add_argument("--total-steps", type=int, default=5200)
     parser.add_argument("--batch-rows", type=int, default=BATCH_ROWS)
     parser.add_argument("--quantized-share", type=float, default=QUANTIZED_SHARE)
     options = parser.parse_args()

@@ -12,6 +12,7 @@ from mistralcli.demo import demo_directory
 from mistralcli.doctor.cuda import usable_devices
 from mistralcli.doctor.findings import Context, Finding, guarded
 from mistralcli.errors import IntegrityError
+from mistralcli.store import REINSTALL
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.json"
 
 _FILES = ("config.json", "model.safetensors", "tokenizer.model", GOLDEN_FILE)
-_REINSTALL = "reinstall mistral-cli, whose package has the demo model in it (pip install --force-reinstall)"
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,16 @@ def read_golden(directory: Path) -> Golden:
     Raises:
         IntegrityError: it is missing or damaged.
     """
-    raw = read_json(directory / GOLDEN_FILE)
+    path = directory / GOLDEN_FILE
     try:
-        golden = Golden(**raw)
-        is_whole = len(golden.completion_ids) == len(golden.gaps)
+        golden = Golden(**read_json(path))
     except TypeError as error:
-        raise IntegrityError(f"{directory / GOLDEN_FILE} is damaged: {error}") from error
-    if not is_whole:
-        raise IntegrityError(f"{directory / GOLDEN_FILE} has not one gap for each id")
+        raise IntegrityError(f"{path} is damaged: {error}") from error
+    fields = ((golden.prompt_ids, int), (golden.completion_ids, int), (golden.gaps, float))
+    if not all(isinstance(values, list) and {*map(type, values)} == {kind} for values, kind in fields):
+        raise IntegrityError(f"{path} is damaged: it has not lists of integers and of decimal numbers")
+    if len(golden.completion_ids) != len(golden.gaps):
+        raise IntegrityError(f"{path} has not one gap for each id")
     return golden
 
 
@@ -59,7 +61,7 @@ def _from_the_package() -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
-        raise IntegrityError(error.message, _REINSTALL) from error
+        raise IntegrityError(error.message, REINSTALL) from error
 
 
 def check_demo(context: Context) -> Iterator[Finding]:
@@ -71,7 +73,7 @@ def examine_demo(directory: Path) -> Iterator[Finding]:
     missing = [name for name in _FILES if not (directory / name).is_file()]
     if missing:
         message = f"the installation is incomplete: {', '.join(missing)} missing from {directory}"
-        yield Finding("demo", "problem", message, _REINSTALL)
+        yield Finding("demo", "problem", message, REINSTALL)
         return
     with _from_the_package():
         golden = read_golden(directory)

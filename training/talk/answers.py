@@ -11,14 +11,17 @@ from pathlib import Path
 from random import Random
 
 from training.talk.noise import asked_freely, contracted, terse
-from training.talk.rephrase import rephrased
+from training.talk.rephrase import content_words, rephrased
 from training.talk.smalltalk import said
 from training.talk.templates import Block, Sampler, Turn, Turns, blocks, chance, pick, say
 
 FOLDER = Path(__file__).parent.parent / "qa"
 FIRST_ASKED = "d_basics"
-REPHRASED = 0.6
+REPHRASED = 0.7
 """How often a question is asked in words that no phrasing of its block has."""
+BEGIN, MOST_ALIKE = 5, 16
+"""Names are alike that share their first letters; what more questions share is no name."""
+NO_NAMES = frozenset({"with", "that", "much", "from", "called", "when", "have", "make", "about", "their"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,21 @@ def questions() -> tuple[Question, ...]:
     files = sorted(FOLDER.glob("*.txt"))
     found = (_question(path.stem, block) for path in files for block in blocks(path))
     return tuple(question for question in found if question.asked and question.answers)
+
+
+@cache
+def neighbors() -> dict[Question, tuple[Question, ...]]:
+    """Questions by those about something with a like name: wheel and wheelbarrow, America and American."""
+    groups: dict[str, list[Question]] = {}
+    for one in questions():
+        words = (word.lower() for word in content_words(one.asked[0]) if len(word) >= 4)
+        for begin in sorted({word[:BEGIN] for word in words if word not in NO_NAMES}):
+            groups.setdefault(begin, []).append(one)
+    near: dict[Question, dict[Question, None]] = {one: {} for one in questions()}
+    for group in groups.values():
+        for one in group if len(group) <= MOST_ALIKE else ():
+            near[one] |= dict.fromkeys(other for other in group if other is not one)
+    return {one: tuple(others) for one, others in near.items()}
 
 
 @cache
@@ -120,6 +138,14 @@ def _other_words(rng: Random, question: Question, answer: str) -> Turn | None:
     return (terse(rng, say(rng, "answers again")), pick(rng, others)) if others else None
 
 
+def _second(rng: Random, first: Question) -> Question:
+    """What may be asked next: about something with a like name, which has another answer, or near it."""
+    near = neighbors()[first]
+    if near and chance(rng, 0.5):
+        return pick(rng, near)
+    return pick(rng, by_topic(first.topic) if chance(rng, 0.6) else questions())
+
+
 def question_chat(rng: Random) -> Turns:
     """A question; then it again in other words, a second question, doubt, or thanks."""
     question = any_question(rng)
@@ -129,8 +155,7 @@ def question_chat(rng: Random) -> Turns:
     if chance(rng, 0.12):
         turns.append(said(rng, "truth"))
     if chance(rng, 0.6) or len(turns) == 1:
-        near = by_topic(question.topic) if chance(rng, 0.6) else questions()
-        second = pick(rng, near)
+        second = _second(rng, question)
         if second is not question:
             turns.append(asked(rng, second))
     if chance(rng, 0.12):

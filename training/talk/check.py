@@ -32,7 +32,7 @@ WRONG = re.compile(
 )
 CODE = re.compile(r"`[^`]*`")
 WRONG_ARTICLE = re.compile(r"\b(an [bcdfgjklmnpqrstvwxyz]\w+|a [aeio]\w+)")
-ARTICLE_IS_FINE = re.compile(r"an? (one|ewe|eu\w*|an|is|before)\b")
+ARTICLE_IS_FINE = re.compile(r"an? (one|ewe|eu\w*|an|and|is|before)\b")
 
 
 def expansions(template: str) -> Iterator[str]:

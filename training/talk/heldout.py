@@ -1,12 +1,12 @@
 """What the model is judged on: 100 prompts that no training conversation contains, with their checks.
 
 Stories combine heroes with objects and plots that training never combines; questions come in phrasings
-that training never uses; names in chats are not in any list.
+that training never uses; names in chats are not in any list. This is the second set: the first set was read
+while the corpus was improved, so its questions (the first of the hash order) are judged no more.
 """
 
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +20,12 @@ from training.talk.lists import topics
 from training.talk.memory import HELD_OUT_NAMES
 from training.talk.templates import Turns, pick
 
-SEED = "held out"
+SEED = "held out, second set"
+FIRST_QUESTION = 200
+"""Where the judged questions begin in `hard_questions`; those of the first set were 0 to 65."""
 OBJECT_MODES = ("with_object",)
 PLOT_MODES = ("does", "named_does")
+SENTENCE_END = re.compile(r"(?<=[.!?\"])\s+")
 NAME = re.compile(r"\b[A-Z][a-z]+")
 NO_NAMES = frozenset(
     {
@@ -39,6 +42,9 @@ NO_NAMES = frozenset(
         "In",
         "At",
         "Once",
+        "Far",
+        "Beside",
+        "Everyone",
         "There",
         "This",
         "That",
@@ -52,8 +58,8 @@ class Check:
     """What an answer must say, in any case.
 
     All of `contains`, and the key facts of `keys`. The `hero` of a story (a kind, "fox"), with its `name`
-    where the request gave one: it is named, and still is in the last third. Its `thing` is there after the
-    first third. `n_items` is the length of a list.
+    where the request gave one: it is named, and still is in the last third, as is its `thing`. `n_items` is
+    the length of a list.
     """
 
     contains: tuple[str, ...] = ()
@@ -79,10 +85,22 @@ def names(word: str, text: str) -> bool:
 
 def hero_stays(check: Check, answer: str) -> bool:
     """Is the hero there, and still named in the last third: by the name asked for, else by any of its own?"""
-    found = Counter(word for word in NAME.findall(answer) if word not in NO_NAMES)
-    own = [check.name] if check.name else [check.hero, *(name for name, _ in found.most_common(1))]
-    end = answer[len(answer) * 2 // 3 :]
-    return names(check.hero, answer) and any(names(name, end) for name in own)
+    own = [check.name] if check.name else [check.hero, *names_beside(check.hero, answer)]
+    return names(check.hero, answer) and any(names(name, ending(answer)) for name in own)
+
+
+def names_beside(hero: str, answer: str) -> list[str]:
+    """The names in the sentence that first speaks of the hero, or else in those around it."""
+    sentences = SENTENCE_END.split(answer)
+    at = next((at for at, sentence in enumerate(sentences) if names(hero, sentence)), len(sentences))
+    around = (" ".join(sentences[at : at + 1]), " ".join(sentences[max(0, at - 1) : at + 2]))
+    found = ([name for name in NAME.findall(text) if name not in NO_NAMES] for text in around)
+    return next(filter(None, found), [])
+
+
+def ending(answer: str) -> str:
+    """The last third of it."""
+    return answer[len(answer) * 2 // 3 :]
 
 
 def passes(check: Check, answer: str) -> bool:
@@ -91,7 +109,7 @@ def passes(check: Check, answer: str) -> bool:
     return (
         all(part.lower() in text for part in check.contains)
         and (not check.hero or hero_stays(check, answer))
-        and (not check.thing or names(check.thing, text[len(text) // 3 :]))
+        and (not check.thing or names(check.thing, ending(answer)))
         and (not check.keys or says(answer, check.keys))
         and check.n_items in (0, len(items))
     )
@@ -158,13 +176,13 @@ def hard_questions() -> tuple[Question, ...]:
 
 
 def question_prompt(index: int) -> Prompt:
-    question = hard_questions()[index]
+    question = hard_questions()[FIRST_QUESTION + index]
     return Prompt("question", ((question.held_out[0], Check(keys=question.keys)),))
 
 
 def name_chat(index: int) -> Prompt:
     """A name, a question, and the name again."""
-    name, question = HELD_OUT_NAMES[index], hard_questions()[N_QUESTIONS + index]
+    name, question = HELD_OUT_NAMES[index], hard_questions()[FIRST_QUESTION + N_QUESTIONS + index]
     middle = (question.held_out[0], Check(keys=question.keys))
     hello, again = Check(contains=(name,)), Check(contains=(name,))
     return Prompt("chat", ((f"Hi, my name is {name}.", hello), middle, ("What is my name?", again)))
@@ -183,7 +201,8 @@ def story_chat(rng: Random, index: int) -> Prompt:
 
 def question_chat(index: int) -> Prompt:
     """Two questions and thanks."""
-    first, second = hard_questions()[60 + 2 * index : 62 + 2 * index]
+    start = FIRST_QUESTION + 60 + 2 * index
+    first, second = hard_questions()[start : start + 2]
     turns = [(question.held_out[0], Check(keys=question.keys)) for question in (first, second)]
     return Prompt("chat", (*turns, ("Thank you!", Check())))
 

@@ -8,7 +8,7 @@ from training.talk.templates import chance, pick
 WH = re.compile(r"What (is|are) ((?:an? |the )[a-z]+(?: [a-z]+)?)\?$")
 DO = re.compile(r"(Why|How|Where|When|What) do (.+)\?$")
 IMPERATIVE = re.compile(
-    r"(Tell|Give|Name|List|Write|Explain|Describe|Say|Show|Correct|Make|Shorten|Turn|Put|Change|Rewrite|Count)\b"
+    r"(Tell|Give|Name|List|Write|Explain|Describe|Say|Show|Correct|Make|Shorten|Turn|Put|Change|Rewrite|Count|Spell|Recite)\b"
 )
 FUNCTION_WORDS = frozenset(
     {

@@ -5,94 +5,17 @@ user types, so it need not be perfect English.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from random import Random
 
-from training.talk.clauses import third_person
+from training.talk.frames import reframed, turned_around
 from training.talk.noise import FUNCTION_WORDS, lower_first
 from training.talk.templates import capital, chance, fill, pick, sections
 
-SUBJECT = r"((?:an? |the |my |our |some )?[\w-]+)"
-NOT_A_NOUN = frozenset(
-    {
-        "for",
-        "like",
-        "called",
-        "of",
-        "in",
-        "from",
-        "used",
-        "good",
-        "mean",
-        "do",
-        "about",
-        "with",
-        "to",
-        "on",
-        "at",
-    }
-)
 ASKING = frozenset({"what", "which", "who", "whose", "why", "how", "where", "when", "many", "much"})
 WORD = re.compile(r"[a-z]+")
 CONTENT = re.compile(r"[A-Za-z0-9'-]{3,}")
-
-
-def _noun(match: re.Match[str]) -> dict[str, str] | None:
-    """What is asked for, where it is a thing: "a comet", "the capital of France"."""
-    thing = match["x"]
-    few = len(thing.split()) <= (6 if " of " in thing else 3)
-    return {"x": thing, "be": match["be"]} if few and thing.split()[-1] not in NOT_A_NOUN else None
-
-
-def _does(match: re.Match[str]) -> dict[str, str]:
-    clause = f"{match['s']} {third_person(match['v'])}{match['rest']}"
-    return {"c": clause, "w": match["w"].lower()} if "w" in match.groupdict() else {"c": clause}
-
-
-def _is(match: re.Match[str]) -> dict[str, str]:
-    return {"c": f"{match['s']} {match['be']} {match['rest']}"}
-
-
-def _plain(match: re.Match[str]) -> dict[str, str]:
-    return {key: lower_first(text) for key, text in match.groupdict().items()}
-
-
-Slots = Callable[[re.Match[str]], dict[str, str] | None]
-# A pattern of questions, its slots, and the section of rephrase.txt that says it in other words; the first wins.
-FRAMES: tuple[tuple[re.Pattern[str], Slots, str], ...] = tuple(
-    (re.compile(pattern), slots, section)
-    for pattern, slots, section in (
-        (r"What (?P<be>is|are) (?P<x>.+) (?:used for|for|good for)\?", _plain, "use"),
-        (r"What do (?:people|you|we) use (?P<x>.+) for\?", _plain, "use"),
-        (r"What (?:does|is meant by) (?:the word )?(?P<x>\w+)(?: mean)?\?", _plain, "meaning"),
-        (r"What is the (?:job|work) of (?P<x>.+)\?", _plain, "work"),
-        (r"What does (?P<x>an? .+) do\?", _plain, "work or action"),
-        (r"What does (?P<x>.+) do\?", _plain, "action"),
-        (r"What (?P<be>is|are) (?P<x>(?:the|my|your) .+)\?", _noun, "the thing"),
-        (r"What (?P<be>is|are) (?P<x>.+)\?", _noun, "a thing"),
-        (r"Why do (?P<c>.+)\?", _plain, "why"),
-        (rf"Why does (?P<s>{SUBJECT}) (?P<v>[a-z]+)(?P<rest>.*)\?", _does, "why"),
-        (rf"Why (?P<be>is|are|was|were) (?P<s>{SUBJECT}) (?P<rest>.+)\?", _is, "why"),
-        (r"How (?:do|can|should|would) (?:I|you|we|people) (?P<x>.+)\?", _plain, "how to"),
-        (r"How does (?P<x>.+) work\?", _plain, "how it works"),
-        (rf"(?P<w>How|Where|When|What) does (?P<s>{SUBJECT}) (?P<v>[a-z]+)(?P<rest>.*)\?", _does, "clause"),
-        (r"(?P<w>How|Where|When|What|Which \w+) do (?P<c>.+)\?", _plain, "clause"),
-        (r"(?P<w>Which|Who|What) (?P<c>(?!.*\b(?:do|does|did|is|are|can|should)\b).+)\?", _plain, "clause"),
-        (r"(?P<w>Which|Who) (?P<c>\w+ (?:is|are) .+)\?", _plain, "clause"),
-        (r"(?:Tell me about|Explain|Describe) (?P<x>.+)\.", _plain, "topic"),
-    )
-)
-
-
-def reframed(rng: Random, question: str) -> str | None:
-    """`question` in another frame; None where no frame is known for it."""
-    for pattern, slots_of, section in FRAMES:
-        match = pattern.fullmatch(question)
-        slots = slots_of(match) if match else None
-        if slots is not None:
-            return capital(fill(rng, pick(rng, sections("rephrase.txt")[section]), slots))
-    return None
 
 
 @cache
@@ -157,11 +80,20 @@ def rephrased(rng: Random, phrasings: Sequence[str], answer: str) -> str:
     """One of the phrasings of a question in other clothes; `answer` is one that it may get."""
     roll = rng.random()
     shuffled = rng.sample(phrasings, len(phrasings))
-    if roll < 0.10:
+    if roll < 0.08:
         return clue(rng, shuffled[0], answer)
-    if roll < 0.17:
+    if roll < 0.13:
         return about_fact(rng, answer)
-    others = (reframed(rng, question) for question in shuffled) if roll < 0.8 else iter(())
-    text = next((other for other in others if other), shuffled[0])
+    text = _reworded(rng, shuffled, answer) if roll < 0.92 else shuffled[0]
     text = with_synonyms(rng, text) if chance(rng, 0.4) else text
-    return fewer_words(rng, text) if chance(rng, 0.12) else text
+    return fewer_words(rng, text) if chance(rng, 0.08) else text
+
+
+def _reworded(rng: Random, phrasings: Sequence[str], answer: str) -> str:
+    """The first of the phrasings that can be asked in another frame, in that; else the first."""
+    if chance(rng, 0.12):
+        turned = (turned_around(rng, question, answer) for question in phrasings)
+        if text := next((text for text in turned if text), None):
+            return text
+    others = (reframed(rng, question) for question in phrasings)
+    return next((other for other in others if other), phrasings[0])

@@ -25,7 +25,7 @@ def list_models(
     elif models:
         console.write_out(table([_HEADER, *(row(model) for model in models)]))
     else:
-        console.note("there are no models here yet; get one with: mistral pull OWNER/NAME")
+        console.note("no models here yet but the built-in `demo`; get one with: mistral pull OWNER/NAME")
 
 
 def as_dict(model: "StoredModel") -> dict[str, Any]:

@@ -41,7 +41,7 @@ class ChatTemplate:
             variables: what the template sees beside the messages: `bos_token`, `eos_token` and the like.
         Raises:
             UsageError: the template refuses these messages.
-            IntegrityError: the template is broken, or writes without end.
+            IntegrityError: the template is broken, or takes too much time, memory or room.
         """
         _check_answerable(messages)
         shown = [{"role": message.role, "content": message.content} for message in messages]
@@ -53,10 +53,11 @@ class ChatTemplate:
         return _cut_at(end, self._write(messages=shown, add_generation_prompt=False, **variables))
 
     def _write(self, **variables: object) -> str:
-        from mistralcli.template_sandbox import TemplateRefusalError
+        from mistralcli.template_sandbox import TemplateRefusalError, bounded
 
         try:
-            return "".join(_limited(self._compiled.generate(tools=None, documents=None, **variables)))
+            with bounded():
+                return "".join(_limited(self._compiled.generate(tools=None, documents=None, **variables)))
         except TemplateRefusalError as error:
             message = f"the chat template refuses this conversation: {error}"
             raise UsageError(message, CONVERSATION_RULE) from error

@@ -11,7 +11,7 @@ from quant.files import open_tensors, read_json, weight_files
 
 __all__ = ["MODEL_TYPES", "ModelConfig", "hugging_face_config", "read_config", "read_json"]
 
-MODEL_TYPES = frozenset({"mistral", "ministral"})
+MODEL_TYPES = ("ministral", "mistral")
 """The `model_type`s of config.json that this program runs."""
 
 _LARGEST_SIZE = 2**20
@@ -52,8 +52,8 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
             _require(name, getattr(self, name), 1 <= getattr(self, name) <= _LARGEST_SIZE, "from 1 to 2^20")
         _require("max_seq_len", self.max_seq_len, self.max_seq_len >= 2, "2 or more")
-        _require("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "above 0")
-        _require("norm_eps", self.norm_eps, 0 <= self.norm_eps < math.inf, "0 or more")
+        _require("rope_theta", self.rope_theta, 0 < self.rope_theta < math.inf, "above 0 and finite")
+        _require("norm_eps", self.norm_eps, 0 <= self.norm_eps < math.inf, "0 or more and finite")
         if self.n_heads % self.n_kv_heads:
             raise IntegrityError(
                 f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly"
@@ -112,6 +112,14 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
     return float(value)
 
 
+def _truth(raw: Mapping[str, Any], key: str) -> bool:
+    """True or false; false where there is none."""
+    value = raw.get(key) or False
+    if type(value) is not bool:
+        raise ValueError(f"{key} is {value!r}, not true or false")
+    return value
+
+
 def _object(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A JSON object, empty where there is none."""
     value = raw.get(key) or {}
@@ -138,7 +146,7 @@ def _from_hugging_face(raw: dict[str, Any], directory: Path) -> ModelConfig:
         rope_theta=_number(_object(raw, "rope_parameters"), "rope_theta", _number(raw, "rope_theta", 1e4)),
         max_seq_len=_whole(raw, "max_position_embeddings", 4096 * 32),
         sliding_windows=_windows_by_layer(raw),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tied_embeddings=_truth(raw, "tie_word_embeddings"),
         eos_ids=_eos_ids(directory),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
         quantization=_object(raw, "quantization_config") or None,
@@ -146,11 +154,13 @@ def _from_hugging_face(raw: dict[str, Any], directory: Path) -> ModelConfig:
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    model_type = raw.get("model_type")
+    model_type = raw["model_type"]
+    if not isinstance(model_type, str):
+        raise ValueError(f"model_type is {model_type!r}, not a name")
     if model_type not in MODEL_TYPES:
         raise MistralError(
             f"models of type {model_type!r} are not supported",
-            f"mistral runs {' and '.join(sorted(MODEL_TYPES))} models",
+            f"mistral runs {' and '.join(MODEL_TYPES)} models",
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise MistralError(f"the activation {raw['hidden_act']!r} is not supported, only 'silu' (SwiGLU)")
@@ -171,10 +181,22 @@ def _windows_by_layer(raw: dict[str, Any]) -> tuple[int | None, ...]:
         # Ministral-8B-2410's config.json states one uniform window; the model was trained with these.
         return _MINISTRAL_8B_WINDOWS
     window = _window(raw.get("sliding_window", 4096))
-    kinds = raw.get("layer_types") or ["sliding_attention"] * n_layers
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        return (window,) * n_layers
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types is {kinds!r}, not a list")
     if len(kinds) != n_layers:
         raise IntegrityError(f"config.json has {len(kinds)} layer_types for {n_layers} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(_window_of_kind(kind, window) for kind in kinds)
+
+
+def _window_of_kind(kind: Any, window: int | None) -> int | None:
+    if kind not in ("sliding_attention", "full_attention"):
+        raise MistralError(
+            f"layers of type {kind!r} are not supported, only sliding_attention and full_attention"
+        )
+    return window if kind == "sliding_attention" else None
 
 
 def _n_layers(raw: dict[str, Any], key: str) -> int:
@@ -194,7 +216,7 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
     for path in (directory / "generation_config.json", directory / "config.json"):
         value = read_json(path).get("eos_token_id") if path.is_file() else None
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(one) is int for one in values):
+        if not all(type(one) is int and one >= 0 for one in values):
             raise IntegrityError(f"{path} has an eos_token_id that is no token id: {value!r}")
         ids += values
     return tuple(dict.fromkeys(ids))
@@ -219,7 +241,7 @@ def _from_mistral(raw: dict[str, Any], directory: Path) -> ModelConfig:
         rope_theta=_number(raw, "rope_theta", 1e4 if window else 1e6),
         max_seq_len=_whole(raw, "max_position_embeddings", _whole(raw, "max_seq_len", 32768)),
         sliding_windows=_repeat_windows(window, _n_layers(raw, "n_layers")),
-        tied_embeddings=bool(raw.get("tied_embeddings", False)),
+        tied_embeddings=_truth(raw, "tied_embeddings"),
         eos_ids=_eos_ids(directory),
         dtype=_stored_dtype(directory),
     )

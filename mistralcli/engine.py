@@ -86,9 +86,11 @@ class Engine:
     def require_room(self, n_tokens: int) -> None:
         """Raise ContextOverflowError, with the numbers, unless a prompt leaves room for one token."""
         if n_tokens >= self.max_seq_len:
+            can_be_longer = self.max_seq_len < self.model.config.max_seq_len
             raise ContextOverflowError(
                 f"the prompt has {n_tokens} tokens, and a context of {self.max_seq_len} leaves no room for an answer",
-                f"shorten it by {n_tokens - self.max_seq_len + 1} tokens or more, or ask for a longer --ctx",
+                f"shorten it by {n_tokens - self.max_seq_len + 1} tokens or more"
+                + (", or ask for a longer --ctx" if can_be_longer else ""),
             )
         assert n_tokens >= 1, "an empty prompt has no next token"
 

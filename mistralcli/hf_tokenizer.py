@@ -65,7 +65,13 @@ class HuggingFaceTokenizer:
             replace(message, content=self._encoder.hide(well_formed(message.content)))
             for message in conversation.messages
         ]
-        return self._encoder.encode_rendered(self._template.render(hidden, self._names))
+        token_ids = self._encoder.encode_rendered(self._template.render(hidden, self._names))
+        if not token_ids:
+            raise IntegrityError(
+                f"the chat template in {self._template.path} writes nothing that the model could answer",
+                "`--raw` goes without a template",
+            )
+        return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.stream().decode(token_ids)

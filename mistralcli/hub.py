@@ -102,6 +102,7 @@ def pull(
     wanted = parse_hub_model(model if revision is None else f"{model}@{revision}")
     if is_offline_mode():
         return _already_here(wanted)
+    _require_cache()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, our errors say
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also sends which agent runs it and torch's version
     source, listing = _list_files(wanted, *find_token(token))
@@ -131,6 +132,16 @@ def _already_here(model: HubModel) -> Path:
             "unset HF_HUB_OFFLINE and pull again",
         )
     return snapshot
+
+
+def _require_cache() -> None:
+    """Raise DiskError where the cache would lie under a file: even the token is looked for there."""
+    cache = cache_directory()
+    nearest = next(path for path in (cache, *cache.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise DiskError(
+            f"{cache} cannot be made: {nearest} is no directory", "name another directory in HF_HOME"
+        )
 
 
 def find_token(flag: str | None) -> tuple[str | Literal[False], str | None]:

@@ -44,6 +44,9 @@ PARTIAL = ".partial"
 REINSTALL = "reinstall mistral-cli, whose package has the demo model in it (pip install --force-reinstall)"
 """What to do when something is missing from the demo."""
 
+_LONGEST_PART_BYTES = 235
+"""Of the 255 that a file's name may have, what a build leaves for the suffixes of its making."""
+
 _BUILD_NAME = re.compile(r"\w[\w.-]{0,126}", re.ASCII)
 
 
@@ -76,9 +79,13 @@ def build_directory(name: str) -> Path:
     """Where the build `name` is or would be; with a path separator, or a dot at the start, it is a path.
 
     Raises:
-        UsageError: the name could not be told from a path, a revision or a half-made build.
+        UsageError: the name could not be told from a path, a revision or a half-made build, or is too long.
     """
     if _is_path(name):
+        if any(len(os.fsencode(part)) > _LONGEST_PART_BYTES for part in Path(name).parts):
+            raise UsageError(
+                f"the path {name} has a part longer than {_LONGEST_PART_BYTES} bytes", "shorten it"
+            )
         return Path(name)
     if not _BUILD_NAME.fullmatch(name) or ".." in name or name.endswith(PARTIAL):
         raise UsageError(
@@ -99,14 +106,26 @@ def resolve(model: str) -> Path:
     directory = path if path is not None and path.is_dir() else _find_by_name(model)
     if directory is not None and directory.name.endswith(PARTIAL):
         raise IntegrityError(f"{model} is a half-made build", "make it again with `mistral quantize`")
-    is_demo = directory == demo_directory()
-    if directory is None or not (is_demo or _has_config(directory)):
+    if directory == demo_directory():
+        return resolve_demo()
+    if directory is None or not _has_config(directory):
         raise _not_found(model)
     problem = checkpoint_problem(directory)
-    if problem is not None and is_demo:
-        raise IntegrityError(f"the installation is incomplete: {problem} ({directory})", REINSTALL)
     if problem is not None:
         raise IntegrityError(f"{model} is incomplete: {problem} ({directory})", "pull or quantize it again")
+    return directory
+
+
+def resolve_demo() -> Path:
+    """The directory of the demo in the package, also when another model has its name.
+
+    Raises:
+        IntegrityError: it is incomplete.
+    """
+    directory = demo_directory()
+    problem = checkpoint_problem(directory)
+    if problem is not None:
+        raise IntegrityError(f"the installation is incomplete: {problem} ({directory})", REINSTALL)
     return directory
 
 
@@ -149,13 +168,18 @@ def find(name: str) -> list[StoredModel]:
 
     Raises:
         ModelNotFoundError: there are none.
+        UsageError: it is the demo in the package.
     """
+    if not name:
+        raise _not_found(name)
     stored = list_models()
     found = [model for model in stored if model.kind == "build" and model.name == name]
     if not found and (wanted := _as_hub_model(name)):
         found = [model for model in stored if model.kind == "hub" and model.name == wanted.repo_id]
         if wanted.revision:
             found = [model for model in found if model.path == find_snapshot(wanted)]
+    if not found and name == DEMO:
+        raise UsageError("the model demo is built in: it is a part of mistral-cli, and goes with it")
     if not found:
         raise ModelNotFoundError(f"no model is stored here as {name}", "`mistral list` shows those that are")
     return found

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from tokenizer_files import CHATML, TRIMMING, byte_level_directory, sentencepiec
 from tokenizers import Tokenizer as Reference
 from transformers import PreTrainedTokenizerFast
 
+from mistralcli import template_sandbox
 from mistralcli.chat_template import MAX_SOURCE_CHARS, ChatTemplate, find_template
 from mistralcli.conversation import Conversation, Message, Role
 from mistralcli.errors import IntegrityError, UsageError
@@ -240,6 +243,12 @@ HOSTILE = {
     "asks for too long a range": "{% for i in range(10**9) %}{% endfor %}",
     "calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "is nested too deep": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+    "writes one text too long": "{{ 'x' * 10000000000 }}",
+    "makes a text that nobody sees": "{% set ns = namespace(x='x') %}{% for i in range(99) %}"
+    "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "pads a text": "{{ 'x'.center(10000000000) }}",
+    "takes a power": "{{ 10 ** 10 ** 9 }}",
+    "goes round and round": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "is no Jinja": "{% for %}",
     "has an unknown tag": "{% load 'x' %}",
     "divides by zero": "{{ 1 / 0 }}",
@@ -249,7 +258,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
-def test_a_template_that_is_broken_or_hostile_is_named(source: str) -> None:
+def test_a_template_that_is_broken_or_hostile_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_CPU_S", 1.0)
+    limits = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
     template = ChatTemplate(source, Path("model/chat_template.jinja"))
     with pytest.raises(
         IntegrityError, match=r"the chat template in model/chat_template\.jinja fails: ."
@@ -257,3 +268,16 @@ def test_a_template_that_is_broken_or_hostile_is_named(source: str) -> None:
         template.render([Message("user", "a")], {})
     assert caught.value.hint is not None and "--raw" in caught.value.hint
     assert not re.search(r"root:|Traceback", caught.value.message)
+    assert limits == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF))
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+@pytest.mark.parametrize("source", ["", "{# nothing #}"])
+def test_a_template_that_writes_nothing_is_named(source: str, tmp_path: Path) -> None:
+    directory = byte_level_directory(tmp_path / "model")
+    write_config(directory, chat_template=source)
+    with pytest.raises(
+        IntegrityError, match=r"the chat template in .*tokenizer_config\.json writes nothing"
+    ) as caught:
+        load_tokenizer(directory).encode_chat(conversation([("user", "a")]))
+    assert "--raw" in str(caught.value.hint)

@@ -1,4 +1,4 @@
-"""`mistral chat` at a real pseudo-terminal, and in pipes, with a small random model."""
+"""`mistral chat` at a real pseudo-terminal, and in pipes, with a small random model and with the built-in one."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def environment(tmp_path) -> dict[str, str]:
 def start(model_dir, environment) -> Start:
     """Start `mistral chat` at a terminal of 80 columns, greedy, and wait for its prompt."""
 
-    def start(*options: str, **changes: str) -> pexpect.spawn:
-        command = ["-m", "mistralcli", "chat", str(model_dir), "-t", "0", *options]
+    def start(*options: str, model: Path | str = model_dir, **changes: str) -> pexpect.spawn:
+        command = ["-m", "mistralcli", "chat", str(model), "-t", "0", *options]
         child = pexpect.spawn(
             sys.executable,
             command,
@@ -111,6 +111,16 @@ def test_a_second_turn_finds_the_first_in_the_cache_and_ctrl_d_leaves_with_0(sta
         int, re.search(r"prompt +(\d+) tokens, (\d+) of them", ask(child, "/stats\r")).groups()
     )
     assert n_first <= n_cached < n_second
+    assert leave(child, "\x04") == 0
+
+
+def test_the_built_in_model_tells_a_story_and_goes_on_with_it(start, tmp_path):
+    child = start(model="demo")
+    assert "fox" in ask(child, "Tell me a story about a fox.\r")
+    ask(child, "What happened next?\r")
+    story, sequel = messages(child, tmp_path / "chat.json", "assistant")
+    hero = re.search(r"(?:named|called) ([A-Z]\w+)", story)[1]
+    assert hero in sequel and sequel != story
     assert leave(child, "\x04") == 0
 
 

@@ -38,6 +38,14 @@ def read(directory: Path, **changes: Any) -> ModelConfig:
         {"sliding_window": float("inf")},
         {"sliding_window": 0},
         {"layer_types": 5},
+        {"layer_types": {}},
+        {"layer_types": ["full_attention"]},
+        {"model_type": []},
+        {"model_type": {}},
+        {"model_type": None},
+        {"tie_word_embeddings": "yes"},
+        {"eos_token_id": -1},
+        {"eos_token_id": [2, -1]},
         {"eos_token_id": float("inf")},
         {"eos_token_id": "</s>"},
         {"num_hidden_layers": 10**12},
@@ -53,6 +61,27 @@ def test_a_value_that_cannot_be_is_an_integrity_error(changes: dict[str, Any], t
     read(tmp_path)
     with pytest.raises(IntegrityError):
         read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model_type": []}', '{"model_type": {}}'])
+def test_a_model_without_a_type_is_told_so_in_our_words(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(IntegrityError, match="model_type") as caught:
+        read_config(tmp_path)
+    assert "unhashable" not in caught.value.message
+
+
+def test_a_base_that_is_not_finite_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="rope_theta = inf; it must be above 0 and finite"):
+        read(tmp_path, rope_theta=float("inf"))
+
+
+def test_layers_of_an_unknown_type_are_refused_and_known_ones_are_not(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert read(tmp_path, layer_types=kinds, sliding_window=8).sliding_windows == (None, 8, None)
+    assert read(tmp_path, layer_types=None, sliding_window=8).sliding_windows == (8, 8, 8)
+    with pytest.raises(MistralError, match="layers of type 'a' are not supported"):
+        read(tmp_path, layer_types=["a", *kinds[1:]])
 
 
 def test_scaled_rotary_embeddings_are_refused_wherever_they_are_stated(tmp_path: Path) -> None:

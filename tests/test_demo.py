@@ -1,11 +1,13 @@
 """The model in the package: what `mistral` runs when none is named, small, whole and made as its recipe says."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from program import mistral
+from program import environment, mistral
 
 from mistralcli.conversation import Conversation
 from mistralcli.demo import demo_directory
@@ -87,3 +89,21 @@ def test_a_chat_of_three_turns_remembers_a_name() -> None:
         answers.append("".join(session.complete_chat(conversation, SamplingParams(temperature=0.0))))
         conversation = conversation.add("assistant", answers[-1])
     assert "Vera" in answers[0] and "blue" in answers[1] and "Vera" in answers[2]
+
+
+def test_the_demo_is_answered_without_the_packages_that_take_seconds_to_import(tmp_path: Path) -> None:
+    """bitsandbytes alone takes twice as long as all the rest."""
+    script = (
+        "import sys; sys.argv = ['mistral', 'run', '-q', '-n', '2', 'Hi']\n"
+        "from mistralcli.cli.app import main\n"
+        "assert main() == 0\n"
+        "print(sorted({'bitsandbytes', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+        cwd=tmp_path,
+    )
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """Every exit code that README promises, from the program as a user runs it: one sentence and no traceback."""
 
+import os
 import resource
 import shutil
 import signal
@@ -120,7 +121,13 @@ def test_7_a_context_that_does_not_fit_names_one_that_does(tmp_path: Path, tiny_
 
 def test_8_a_prompt_that_leaves_no_room_is_refused_with_numbers(tiny_model_dir: Path, tmp_path: Path) -> None:
     done = mistral("run", "word " * 100, "-m", tiny_model_dir, "--ctx", "64", home=tmp_path)
-    assert_one_sentence(done, 8, "104 tokens", "64", "41 tokens")
+    assert_one_sentence(done, 8, "104 tokens", "64", "41 tokens", "longer --ctx")
+
+
+def test_8_no_longer_context_is_offered_than_the_model_has(tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = mistral("run", "word " * 2000, "-m", tiny_model_dir, home=tmp_path)
+    assert_one_sentence(done, 8, "2004 tokens", "a context of 1024", "shorten it by 981 tokens")
+    assert "--ctx" not in done.stderr
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "tokenizer.model", "config.json"])
@@ -162,3 +169,15 @@ def test_141_a_reader_that_left(tiny_model_dir: Path, tmp_path: Path) -> None:
         ["bash", "-c", script], capture_output=True, env=environment(tmp_path), cwd=tmp_path
     )
     assert (done.stdout, done.stderr) == (b"141\n", b"")
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "run --help", "list --help"])
+def test_141_a_reader_of_the_help_that_left(command: str, tmp_path: Path) -> None:
+    """The reading end is closed before the program starts, so that it cannot be in time."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*MISTRAL, *command.split()], stdout=writing, stderr=subprocess.PIPE, env=environment(tmp_path)
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

@@ -233,6 +233,13 @@ def test_a_cache_that_cannot_be_written(pull: Pull, server: HubServer, tmp_path:
     check_failure(done, 6, f"{tmp_path}/file", "HF_HOME")
 
 
+@pytest.mark.parametrize("place", ["/dev/null/x", "/dev/null"])
+def test_a_home_under_a_file_is_a_disk_error_and_not_the_tokens(pull: Pull, place: str) -> None:
+    check_failure(
+        pull(MODEL, HF_HOME=place), 6, f"{place}/hub cannot be made: /dev/null is no directory", "HF_HOME"
+    )
+
+
 def test_a_disk_that_fills_up_keeps_the_files_that_are_complete(server: HubServer, tmp_path: Path) -> None:
     server.add(MODEL, write_checkpoint(tmp_path / "source"))
 

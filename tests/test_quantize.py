@@ -72,6 +72,7 @@ def test_an_existing_build_is_replaced_only_with_force(tiny_model_dir: Path, tmp
         (["--scheme", "int4", "--bits", "8"], "int4"),
         (["--scheme", "q5"], "q5"),
         (["-o", "bad:name"], "bad:name"),
+        (["-o", "./" + "x" * 300], "longer than"),
         (["--max-error", "-1"], "--max-error is -1.0"),
         (["--max-error", "nan"], "--max-error is nan"),
     ],
@@ -131,3 +132,16 @@ def test_a_build_of_mistrals_own_layout_is_that_of_hugging_faces(tmp_path: Path)
         all_logits(load(tmp_path / f"{n}-int8"), token_ids(20), chunk=20, slack=20) for n in ("own", "hf")
     ]
     assert torch.equal(*logits)
+
+
+def test_a_source_without_a_tokenizer_is_warned_of_before_the_work(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    made = mistral("quantize", "./mute", home=tmp_path)
+    assert made.returncode == 0
+    warning, report = made.stderr.splitlines()
+    assert warning.startswith("warning: ") and "tokenizer.json" in warning and "tokenizer.model" in warning
+    assert "bits a quantized weight" in report
+    assert mistral("quantize", "./mute", "--force", "-q", home=tmp_path).stderr == ""
+    assert "warning" not in mistral("quantize", tiny_model_dir, home=tmp_path).stderr

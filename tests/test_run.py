@@ -1,6 +1,7 @@
 """`mistral run` in a process of its own: sources of the prompt, flags, pipes, signals."""
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -179,3 +180,32 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(tiny_model_dir: Pa
     ]:
         assert_one_sentence(mistral(*arguments, home=tmp_path), 2, part)
     assert_one_sentence(mistral("run", *model, home=tmp_path, stdin=b"\xff"), 2, "UTF-8")
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_an_answer_that_the_first_token_ends_is_said_to_be_empty(
+    command: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (first, *_) = answer(tiny_model_dir, tmp_path, stdin="Hello")["token_ids"]  # type: ignore[misc]
+    shutil.copytree(tiny_model_dir, tmp_path / "mute")
+    (tmp_path / "mute" / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    done = mistral(command, "-m", "./mute", "-t", "0", home=tmp_path, stdin="Hello")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "the model's answer is empty" in done.stderr.splitlines()
+    quiet = mistral("run", "-q", "-m", "./mute", "-t", "0", home=tmp_path, stdin="Hello")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert "empty" not in mistral(command, "-m", tiny_model_dir, "-n", "2", home=tmp_path, stdin="Hi").stderr
+
+
+def test_the_built_in_model_answers_a_question_with_sense(tmp_path: Path) -> None:
+    done = mistral("run", "What is the capital of France?", "-t", "0", home=tmp_path)
+    assert done.returncode == 0 and "Paris" in done.stdout
+
+
+def test_without_a_name_the_built_in_model_answers_whatever_build_is_called_demo(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "data" / "mistral" / "models" / "demo")
+    assert "Paris" in mistral("run", "What is the capital of France?", "-t", "0", home=tmp_path).stdout
+    named = mistral("run", "Hello", "-m", "demo", "-t", "0", "-n", "6", "--json", home=tmp_path)
+    assert json.loads(named.stdout)["text"] == answer(tiny_model_dir, tmp_path, "Hello")["text"]

@@ -14,7 +14,7 @@ import pytest
 from hub_models import PARAMS, write_checkpoint, write_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from program import MISTRAL, environment, mistral
+from program import MISTRAL, assert_one_sentence, environment, mistral
 
 from mistralcli import hub_cache, store
 from mistralcli.errors import IntegrityError, ModelNotFoundError, UsageError
@@ -201,7 +201,21 @@ def test_a_build_s_name_is_a_directory_of_the_store_and_a_path_is_itself(home: P
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a@b", "a b", "x.partial", "-x", "a..b", "a\nb", "a\x1b", "ä", "x" * 200]
+    "name",
+    [
+        "",
+        "a@b",
+        "a b",
+        "x.partial",
+        "-x",
+        "a..b",
+        "a\nb",
+        "a\x1b",
+        "ä",
+        "x" * 200,
+        "./" + "x" * 300,
+        "./" + "x" * 255 + "/y",
+    ],
 )
 def test_a_build_s_name_that_could_be_mistaken_is_refused(name: str) -> None:
     with pytest.raises(UsageError):
@@ -288,6 +302,10 @@ def test_what_is_broken_is_listed_as_such() -> None:
 def test_models_of_other_kinds_in_the_shared_cache_are_left_out() -> None:
     (add_pulled("openai/whisper") / "config.json").resolve().write_text('{"model_type": "whisper"}')
     (add_pulled("someone/notes") / "config.json").unlink()
+    for number, kind in enumerate(("[]", "{}", "null", "7")):
+        config = add_pulled(f"someone/odd{number}") / "config.json"
+        config.unlink()
+        config.write_text(f'{{"model_type": {kind}}}')
     assert store.list_models() == []
 
 
@@ -413,6 +431,13 @@ def test_rm_removes_nothing_that_is_not_listed(home: Path, name: str) -> None:
     directory = write_checkpoint(home / "checkpoint")
     assert mistral("rm", name, "--yes", home=home).returncode == 3
     assert directory.exists()
+
+
+def test_rm_says_that_the_demo_is_built_in_and_that_a_name_is_empty(home: Path) -> None:
+    assert_one_sentence(mistral("rm", "demo", "--yes", home=home), 2, "demo is built in")
+    assert_one_sentence(mistral("rm", "", "--yes", home=home), 3, "the model's name is empty")
+    add_build("demo")
+    assert mistral("rm", "demo", "--yes", home=home).returncode == 0
 
 
 def test_sizes_have_three_digits() -> None:

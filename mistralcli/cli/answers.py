@@ -56,19 +56,25 @@ def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "
     from mistralcli import store
     from mistralcli.session import open_session
 
-    if model is None:
-        model = DEMO
-        if not quiet:
-            console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
-    directory = store.resolve_to_run(model)
-    with console.progress(f"loading {model}", quiet=quiet) as update:
+    if model is None and not quiet:
+        console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
+    name = DEMO if model is None else model
+    directory = store.resolve_demo() if model is None else store.resolve_to_run(model)
+    with console.progress(f"loading {name}", quiet=quiet) as update:
         return open_session(
-            directory, options, name=model, on_progress=update, on_note=_silent if quiet else console.note
+            directory, options, name=name, on_progress=update, on_note=_silent if quiet else console.note
         )
 
 
 def _silent(message: str) -> None:
     """What --quiet says."""
+
+
+def note_end(completion: "Completion") -> None:
+    """Say on stderr how an answer went, and that there is none where the model ended it at once."""
+    if not completion.text and completion.finish_reason == "stop":
+        console.note("the model's answer is empty")
+    console.note(statistics(completion))
 
 
 def statistics(completion: "Completion") -> str:

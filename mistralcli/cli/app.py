@@ -154,6 +154,10 @@ def main() -> int:
         _die_of(signal.SIGINT)
     except BrokenPipeError:
         _die_of(signal.SIGPIPE)
+    except SystemExit as error:
+        if error.code == 1:  # so Typer and Rich end when nobody reads the help or the version any more
+            _die_of(signal.SIGPIPE)
+        raise
     except OSError as error:
         _drop_output()
         known = _from_os(error)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
-from mistralcli.cli.answers import load_session, read_prompt, statistics
+from mistralcli.cli.answers import load_session, note_end, read_prompt
 from mistralcli.cli.options import (
     DEFAULT_SLACK,
     DEFAULT_TEMPERATURE,
@@ -90,4 +90,4 @@ def answer_once(session: "Session", state: "ChatState", message: str) -> None:
         console.write_out(piece)
     if console.is_terminal(sys.stdout):
         console.write_out("\n")
-    console.note(statistics(completion))
+    note_end(completion)

@@ -10,10 +10,13 @@ import typer
 from mistralcli.cli import console
 from mistralcli.errors import UsageError
 from mistralcli.units import size_text
+from quant.files import MISTRAL_TOKENIZERS, matches
 
 if TYPE_CHECKING:
     from quant.checkpoint import BuildReport
     from quant.scheme import Scheme
+
+_TOKENIZERS = (*MISTRAL_TOKENIZERS, "tokenizer.json")
 
 
 def quantize(
@@ -53,10 +56,18 @@ def quantize(
     source = store.resolve(model)
     name = output or f"{_repository_name(model, source)}-{_short_name(chosen.name)}"
     destination = store.build_directory(name)
+    if not quiet and not _has_tokenizer(source):
+        console.warn(
+            f"{source} has no {' or '.join(_TOKENIZERS)}, and without a tokenizer the build cannot be run"
+        )
     report = _build(model, source, destination, chosen, max_error, force, quiet)
     if not quiet:
         console.note(summary(report))
     console.write_out(f"{name}\n")
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any(matches(path.name, _TOKENIZERS) for path in directory.iterdir())
 
 
 def _repository_name(model: str, source: Path) -> str:

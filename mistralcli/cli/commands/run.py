@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistralcli.cli import console
-from mistralcli.cli.answers import load_session, read_prompt, statistics
+from mistralcli.cli.answers import load_session, note_end, read_prompt
 from mistralcli.cli.options import (
     DEFAULT_SLACK,
     DEFAULT_TEMPERATURE,
@@ -95,7 +95,7 @@ def run(
     elif console.is_terminal(sys.stdout):
         console.write_out("\n")
     if not quiet:
-        console.note(statistics(completion))
+        note_end(completion)
 
 
 def _chat_ids(session: "Session", system: str | None, text: str) -> list[int]:

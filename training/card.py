@@ -192,8 +192,8 @@ def card(facts: Facts) -> Iterator[str]:
         f"never seen, chats of three turns. Temperature {TEMPERATURE}, prompt i with seed i, at most {MAX_TOKENS} "
         "tokens, this build on a CPU. A story passes when its hero and object are those asked for, to the end; an "
         "answer when it has the key facts that were written down for it; a chat when all three turns do. All "
-        "prompts with all answers are in `docs/demo.md` of the repository, the bad ones too. Two earlier sets of 100 were "
-        "read while the corpus was improved; no answer to this one was seen before the model was done."
+        "prompts with all answers are in `docs/demo.md` of the repository, the bad ones too. Two earlier sets of "
+        "100 were read while the corpus was improved; no answer to this one was seen before the model was done."
     )
     yield score_table(results)
     yield (
@@ -202,8 +202,8 @@ def card(facts: Facts) -> Iterator[str]:
     )
     yield loss_table(results)
     yield (
-        "Held-out stories have heroes and objects, and held-out questions phrasings, that training never has; the other "
-        "kinds are sampled anew, and short ones among them also occur in training. "
+        "Held-out stories have pairs of hero and object, and held-out questions phrasings, that training never has; "
+        "the other kinds are sampled anew, and short ones among them also occur in training. "
         f"Losses are in nats a token, computed in float32; the bar for all text is {math.expm1(LOSS_BAR):.0%} of "
         "perplexity. In documents of 2,000 tokens, the same text in every quarter:"
     )

@@ -106,6 +106,6 @@ def test_a_part_is_the_sampled_conversations_one_after_the_other(
 
 def test_a_part_that_is_there_is_kept(tmp_path: Path) -> None:
     prepare.save(prepare.part_path(tmp_path, 3), [1, 5, 2])
-    prepare.write_part((tmp_path / "no tokenizer", tmp_path, 3, 1))
+    prepare.write_part((tmp_path / "no tokenizer", tmp_path, 3))
     assert np.load(prepare.part_path(tmp_path, 3)).tolist() == [1, 5, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["part-0003.npy"]

@@ -151,27 +151,14 @@ def context_table(results: Results) -> str:
     return table(("loss in tokens", "1–500", "501–1000", "1001–1500", "1501–2000"), rows)
 
 
-def stages(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """The log of every training, the first one first."""
-    before = training.get("before")
-    return [*(stages(before) if before else []), training]
-
-
-def trained(training: dict[str, Any]) -> str:
-    """One training, in one sentence."""
+def making(training: dict[str, Any]) -> str:
+    """How it was trained, in one paragraph."""
     corpus = training["corpus"]
     return (
         f"{training['steps']:,} steps of {training['step_tokens']:,} tokens, {training['tokens'] / 1e6:,.0f} million "
         f"in all, drawn from {corpus['train_tokens'] / 1e6:,.0f} million sampled ones "
         f"({corpus['train_conversations']:,} conversations), in {training['seconds'] / 60:.1f} minutes on one "
-        f"{training['device']} with torch {training['torch']}."
-    )
-
-
-def making(training: dict[str, Any]) -> str:
-    """How it was trained, in one paragraph."""
-    return (
-        " Then ".join(map(trained, stages(training))) + " "
+        f"{training['device']} with torch {training['torch']}. "
         f"In the last {training['quantized_share']:.0%} of the steps the linears computed with their int4 weights. "
         "`training/README.md` has every command; the corpus is the same for the same seeds, the weights are not to "
         "the last bit, since a GPU's sums are not."
@@ -193,7 +180,8 @@ def card(facts: Facts) -> Iterator[str]:
         "tokens, this build on a CPU. A story passes when its hero and object are those asked for, to the end; an "
         "answer when it has the key facts that were written down for it; a chat when all three turns do. All "
         "prompts with all answers are in `docs/demo.md` of the repository, the bad ones too. Two earlier sets of "
-        "100 were read while the corpus was improved; no answer to this one was seen before the model was done."
+        "100 were read while the corpus was improved. This one judged "
+        "two trained models, and the better one is here."
     )
     yield score_table(results)
     yield (

@@ -38,9 +38,9 @@ __all__ = ["Check", "Conversation", "Prompt", "conversations", "heldout_prompts"
 
 # kind: share of the characters in percent, and its sampler
 MIXTURE: dict[str, tuple[float, Sampler]] = {
-    "story": (20.9, tales.story_once),
+    "story": (25.9, tales.story_once),
     "story chat": (10.5, tales.story_chat),
-    "question": (27, answers.question_once),
+    "question": (21.5, answers.question_once),
     "question chat": (8, answers.question_chat),
     "small talk": (2, beside(smalltalk.small_talk)),
     "about itself": (2, beside(smalltalk.about)),
@@ -55,7 +55,7 @@ MIXTURE: dict[str, tuple[float, Sampler]] = {
     "rewriting": (4.5, rewrite.rewriting),
     "words": (1.5, beside(words.single_words)),
     "numbers": (2, beside(numbers.small_numbers)),
-    "memory": (5, chats.remembered),
+    "memory": (4, chats.remembered),
     "not told": (0.5, memory.unknown),
     "refusal": (3, beside(refusals.refusal)),
     "pasted": (1.5, pasted.pasted),

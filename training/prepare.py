@@ -23,7 +23,7 @@ from training.encoding import BOS, CORPUS_FILE, TOKENIZER_FILE, encode
 
 PART_TOKENS = 500_000
 FIRST_SEED = 1000
-"""Part p is sampled with the seed FIRST_SEED + p, unless another first one is given."""
+"""Part p is sampled with seed FIRST_SEED + p."""
 N_HELDOUT = 2000
 
 
@@ -38,15 +38,15 @@ def part_path(directory: Path, number: int) -> Path:
     return directory / f"part-{number:04}.npy"
 
 
-def write_part(job: tuple[Path, Path, int, int]) -> None:
+def write_part(job: tuple[Path, Path, int]) -> None:
     """Sample and tokenize one part into its file, unless it is there."""
-    tokenizer, directory, number, first_seed = job
+    tokenizer, directory, number = job
     path = part_path(directory, number)
     if path.exists():
         return
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     ids: list[int] = []
-    for one in conversations(first_seed + number):
+    for one in conversations(FIRST_SEED + number):
         ids += encode(processor, one.turns)
         if len(ids) >= PART_TOKENS:
             break
@@ -59,19 +59,12 @@ def heldout_ids(tokenizer: Path, n_conversations: int) -> list[int]:
 
 
 def prepare(
-    tokenizer: Path,
-    directory: Path,
-    n_parts: int,
-    n_workers: int,
-    n_heldout: int = N_HELDOUT,
-    first_seed: int = FIRST_SEED,
+    tokenizer: Path, directory: Path, n_parts: int, n_workers: int, n_heldout: int = N_HELDOUT
 ) -> dict[str, Any]:
     """Write all files; returns what corpus.json says."""
     directory.mkdir(parents=True, exist_ok=True)
     with multiprocessing.Pool(n_workers) as pool:
-        pool.map(
-            write_part, [(tokenizer, directory, number, first_seed) for number in range(n_parts)], chunksize=1
-        )
+        pool.map(write_part, [(tokenizer, directory, number) for number in range(n_parts)], chunksize=1)
     train = np.concatenate([np.load(part_path(directory, number)) for number in range(n_parts)])
     heldout = heldout_ids(tokenizer, n_heldout)
     save(directory / "train.npy", train)
@@ -82,7 +75,7 @@ def prepare(
         "train_conversations": int((train == BOS).sum()),
         "train_sha256": hashlib.sha256(train.tobytes()).hexdigest(),
         "heldout_tokens": len(heldout),
-        "first_seed": first_seed,
+        "first_seed": FIRST_SEED,
         "n_parts": n_parts,
     }
     (directory / CORPUS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
@@ -97,10 +90,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--millions", type=float, default=300, help="millions of tokens")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="part p has this seed and p")
     options = parser.parse_args()
     n_parts = max(1, round(options.millions * 1_000_000 / PART_TOKENS))
-    facts = prepare(options.tokenizer, options.out, n_parts, options.workers, first_seed=options.first_seed)
+    facts = prepare(options.tokenizer, options.out, n_parts, options.workers)
     print(f"{facts['train_tokens'] / 1e6:.1f} million training tokens, {facts['heldout_tokens']} held-out")
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from quant.methods.rtn import round_to_nearest
@@ -52,7 +51,6 @@ class Schedule:
     batch_rows: int = BATCH_ROWS
     row_tokens: int = ROW_TOKENS
     quantized_share: float = QUANTIZED_SHARE
-    peak_lr: float = PEAK_LR
 
     @property
     def step_tokens(self) -> int:
@@ -104,21 +102,10 @@ def resume(trainer: Trainer, path: Path) -> None:
         trainer.step, trainer.log = state["step"], state["log"]
 
 
-def begin_from(trainer: Trainer, directory: Path) -> None:
-    """Take the weights of an export; its log goes on in this one's as `before`."""
-    files = sorted(directory.glob("*.safetensors"))
-    weights = {
-        name.removeprefix("model."): tensor for file in files for name, tensor in load_file(file).items()
-    }
-    trainer.model.load_state_dict(weights)
-    trainer.log["before"] = json.loads((directory / LOG_FILE).read_text())
-
-
-def learning_rate(step: int, schedule: Schedule) -> float:
+def learning_rate(step: int, total_steps: int) -> float:
     """Linear warm-up, then half a cosine down to 2 % of the peak."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / schedule.total_steps))
-    return schedule.peak_lr * warm * (0.02 + 0.98 * cosine)
+    return PEAK_LR * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
 
 def conversation_starts(ids: torch.Tensor, row_tokens: int) -> torch.Tensor:
@@ -190,7 +177,7 @@ def train_step(
 ) -> torch.Tensor:
     """One step of the optimizer; returns the batch's loss."""
     for group in trainer.optimizer.param_groups:
-        group["lr"] = learning_rate(trainer.step, schedule)
+        group["lr"] = learning_rate(trainer.step, schedule.total_steps)
     if schedule.is_quantized(trainer.step):
         with as_quantized(trainer.model):
             loss = accumulate(compiled, batch)
@@ -252,17 +239,10 @@ def token_tensor(path: Path, device: str) -> torch.Tensor:
     return torch.from_numpy(np.load(path).astype(np.int16)).to(device)
 
 
-def run(
-    data: Path, state: Path, schedule: Schedule, config: DemoConfig, init: Path | None = None
-) -> dict[str, Any]:
-    """Train from where the last run stopped, save, and export; returns the log.
-
-    The first run begins from the weights of the export `init`, if there is one.
-    """
+def run(data: Path, state: Path, schedule: Schedule, config: DemoConfig) -> dict[str, Any]:
+    """Train from where the last run stopped, save, and export; returns the log."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = start(config, device)
-    if init is not None:
-        begin_from(trainer, init)
     resume(trainer, state / "state.pt")
     train(trainer, token_tensor(data / "train.npy", device), schedule)
     save(trainer, state / "state.pt")
@@ -282,19 +262,14 @@ def main() -> None:
     parser.add_argument("--total-steps", type=int, default=5200)
     parser.add_argument("--batch-rows", type=int, default=BATCH_ROWS)
     parser.add_argument("--quantized-share", type=float, default=QUANTIZED_SHARE)
-    parser.add_argument("--peak-lr", type=float, default=PEAK_LR)
-    parser.add_argument(
-        "--init", type=Path, help="an export of an earlier training, to begin with its weights"
-    )
     options = parser.parse_args()
     schedule = Schedule(
         options.total_steps,
         options.seconds,
         batch_rows=options.batch_rows,
         quantized_share=options.quantized_share,
-        peak_lr=options.peak_lr,
     )
-    log = run(options.data, options.state, schedule, DemoConfig(), options.init)
+    log = run(options.data, options.state, schedule, DemoConfig())
     print(
         f"step {log['steps']} of {log['total_steps']}, {log['tokens'] / 1e6:.0f} million tokens, held-out loss "
         f"{log['heldout_loss']:.4f}, in int4 {log['heldout_loss_quantized']:.4f}"

@@ -1,8 +1,8 @@
 """What the model is judged on: 100 prompts that no training conversation contains, with their checks.
 
 Stories combine heroes with objects and plots that training never combines; questions come in phrasings
-that training never uses; names in chats are not in any list. This is the second set: the first set was read
-while the corpus was improved, so its questions (the first of the hash order) are judged no more.
+that training never uses; names in chats are not in any list. This is the third set: the earlier ones were read
+while the corpus was improved, so their questions are judged no more.
 """
 
 import re

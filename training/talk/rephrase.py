@@ -50,17 +50,10 @@ def content_words(text: str) -> list[str]:
 def clue(rng: Random, question: str, answer: str) -> str:
     """Some words of the question and of its answer, as one types into a search box."""
     words = content_words(question)
-    chosen = rng.sample(words, min(len(words), pick(rng, (1, 2, 3))))
+    chosen = rng.sample(words, min(len(words), pick(rng, (1, 2))))
     about = content_words(answer)
     chosen += rng.sample(about, min(len(about), pick(rng, (1, 2, 3))))
     return " ".join(dict.fromkeys(word.lower() for word in chosen)) or question
-
-
-def clue_in_a_frame(rng: Random, question: str, answer: str) -> str:
-    """A clue where a question has its words: how it begins, words that matter in any order, a mark."""
-    first = question.split()[0]
-    begins = first if first.lower() in ASKING else pick(rng, sections("rephrase.txt")["clue"])
-    return f"{begins} {clue(rng, question, answer)}{pick(rng, ('?', '?', '.', ''))}"
 
 
 def about_fact(rng: Random, answer: str) -> str:
@@ -87,11 +80,9 @@ def rephrased(rng: Random, phrasings: Sequence[str], answer: str) -> str:
     """One of the phrasings of a question in other clothes; `answer` is one that it may get."""
     roll = rng.random()
     shuffled = rng.sample(phrasings, len(phrasings))
-    if roll < 0.1:
+    if roll < 0.08:
         return clue(rng, shuffled[0], answer)
-    if roll < 0.2:
-        return clue_in_a_frame(rng, shuffled[0], answer)
-    if roll < 0.25:
+    if roll < 0.13:
         return about_fact(rng, answer)
     text = _reworded(rng, shuffled, answer) if roll < 0.92 else shuffled[0]
     text = with_synonyms(rng, text) if chance(rng, 0.4) else text

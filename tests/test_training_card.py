@@ -75,7 +75,7 @@ def test_the_card_states_what_the_files_say(facts: card.Facts) -> None:
     text = "\n\n".join(card.card(facts))
     for stated in ("10.13 million", "7 layers", "640", "333", "7.56 MB", "20.26 MB", "int4-g128", "0.123"):
         assert stated in text
-    for stated in ("2,884 million", "30 minutes", "NVIDIA H100", "| all | 1.4900 | 1.5000 | +1.01% |"):
+    for stated in ("2,884 million", "30.0 minutes", "NVIDIA H100", "| all | 1.4900 | 1.5000 | +1.01% |"):
         assert stated in text
     assert "| Questions | 1 | 0 | 85% |" in text and "1 answers loop" in text
     assert len(text.splitlines()) <= 120

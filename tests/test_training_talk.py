@@ -6,8 +6,9 @@ from random import Random
 import pytest
 
 from training.corpus import conversations, is_clean
-from training.talk import answers, mistakes
+from training.talk import answers, frames, mistakes, pasted
 from training.talk.clauses import Clause, Subject, Verb, in_tense
+from training.talk.templates import PULL
 
 GO = Verb("go", "goes", "went", "going")
 HE = Clause(Subject("he", "third", "he", True), GO, "home")
@@ -70,3 +71,28 @@ def test_what_everybody_asks_first_is_a_training_question(asked: str) -> None:
 )
 def test_a_key_fact_is_said_or_not(answer: str, keys: str, passes: bool) -> None:
     assert answers.says(answer, keys) == passes
+
+
+def test_a_frame_adds_lines_to_one_message_and_changes_nothing_else() -> None:
+    turns = [("Why is the sky blue?", "Air scatters blue light."), ("Thanks!", "You are welcome.")]
+    rng = Random(8)
+    kept = 0
+    for _ in range(400):
+        framed = pasted.framed(rng, turns)
+        kept += framed == turns
+        assert [answer for _, answer in framed] == [answer for _, answer in turns]
+        assert all(user in now for (user, _), (now, _) in zip(turns, framed, strict=True))
+    assert 360 < kept < 400
+
+
+def test_work_on_a_pasted_text_is_refused_with_the_command_for_a_real_model() -> None:
+    rng = Random(9)
+    for _ in range(50):
+        ((user, answer),) = pasted.pasted(rng)
+        assert "\n" in user and PULL in answer
+
+
+def test_a_question_in_another_frame_keeps_what_it_is_about() -> None:
+    rng = Random(10)
+    found = {frames.reframed(rng, "Why do cats purr?") for _ in range(200)} - {None}
+    assert len(found) > 10 and all("purr" in text or "purring" in text for text in found if text)

@@ -41,7 +41,7 @@ CANNOT = """\
 - It knows only what was written for it. Asked for anything else, it may say so, or be wrong with confidence.
 - No news, no code, no languages but English, no sums beyond small ones.
 - Nothing that it says about health, law or money is advice.
-- System prompts were not part of its training. For real work, `mistral pull` a real model."""
+- System prompts change little: it has met only general ones. For real work, `mistral pull` a real model."""
 
 
 @dataclass(frozen=True)

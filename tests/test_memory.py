@@ -8,18 +8,15 @@ from pathlib import Path
 
 import pytest
 from big_model import MISTRAL_7B, write_checkpoint
-from program import environment
+from program import RESIDENT, environment
 
 pytestmark = pytest.mark.slow
 
-MEASURE = """
-import json, resource, sys, torch
+MEASURE = f"""{RESIDENT}
+import json, sys, torch
 from pathlib import Path
 from mistralcli.engine import Engine
 from mistralcli.weights import load_model
-
-def resident_bytes():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) * 1024
 
 directory, n_tokens, max_seq_len = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 before = resident_bytes()
@@ -30,8 +27,8 @@ if n_tokens:
         layer.reserve(layer.ring.capacity)
     logits = engine.prefill([list(range(3, 3 + n_tokens))])
     assert logits.isfinite().all() and logits.std() > 0
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"before": before, "peak": peak, "cache": engine.cache.size_bytes}))
+peak = resident_bytes("VmHWM")
+print(json.dumps(dict(before=before, peak=peak, cache=engine.cache.size_bytes)))
 """
 
 

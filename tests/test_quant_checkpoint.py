@@ -14,7 +14,7 @@ import pytest
 import torch
 from big_model import MISTRAL_7B, write_checkpoint
 from models import all_logits, load, random_checkpoint, token_ids
-from program import environment
+from program import RESIDENT, environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -485,8 +485,8 @@ def test_a_directory_that_cannot_be_written_is_a_disk_error(source: Path, tmp_pa
         build(source, tmp_path / "file" / "build")
 
 
-PEAK = """
-import resource, sys
+PEAK = f"""{RESIDENT}
+import sys
 from pathlib import Path
 from mistralcli.weights import open_checkpoint
 from quant.checkpoint import quantize_checkpoint
@@ -494,7 +494,7 @@ from quant.scheme import default_head_scheme, parse_scheme
 
 source, scheme = Path(sys.argv[1]), parse_scheme()
 quantize_checkpoint(open_checkpoint(source), source, Path(sys.argv[2]), scheme, head_scheme=default_head_scheme(scheme))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(resident_bytes("VmHWM"))
 """
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from program import RESIDENT
 
 import quant.ops
 from quant.ops import dequantize, int4_matmul, int8_matmul
@@ -63,16 +64,16 @@ def test_dequantized_weights_are_exact_for_half_scales_and_rounded_once_for_floa
         assert dtype == torch.float32 or torch.equal(w.float().double(), w)
 
 
-MEMORY = """
-import resource, torch
+MEMORY = f"""{RESIDENT}
+import torch
 from quant.ops import int4_matmul
 torch.set_num_threads(1)
 qweight = torch.zeros((16384, 4096), dtype=torch.uint8)
 scales, x = torch.ones((16384, 64)), torch.ones((1, 8192))
 int4_matmul(torch.ones((1, 256)), qweight[:8, :128], scales[:8, :2], None)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resident_bytes("VmHWM")
 int4_matmul(x, qweight, scales, None)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(resident_bytes("VmHWM") - before)
 """
 
 

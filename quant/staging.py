@@ -75,7 +75,7 @@ def _disk_errors(destination: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and destination.name not in str(error.filename):
+        if error.filename is not None and not _is_written(Path(error.filename), destination):
             raise DiskError(f"{error.filename} cannot be read: {error.strerror}") from error
         existing = next(parent for parent in destination.absolute().parents if parent.exists())
         if error.errno in _FULL:
@@ -96,6 +96,13 @@ def _put_in_place(partial: Path, destination: Path) -> None:
     partial.rename(destination)
     _sync(destination.parent)
     shutil.rmtree(_replaced(destination), ignore_errors=True)
+
+
+def _is_written(path: Path, destination: Path) -> bool:
+    """Whether a path belongs to what is made here: the build under any of its names, or a directory above it."""
+    partial = destination.with_name(destination.name + PARTIAL)
+    names = (destination, partial, _replaced(destination))
+    return path in destination.parents or any(path.is_relative_to(name) for name in names)
 
 
 def _replaced(destination: Path) -> Path:

@@ -389,6 +389,16 @@ def test_a_source_that_cannot_be_read_is_not_called_a_failure_to_write(source: P
         build(source, tmp_path / "build", on_progress=lose_the_source)
 
 
+def test_a_source_whose_name_has_the_builds_in_it_is_still_the_source(source: Path, tmp_path: Path) -> None:
+    named_alike = source.rename(tmp_path / "build-source")
+
+    def lose_the_source(done: int, total: int) -> None:
+        (named_alike / "tekken.json").unlink(missing_ok=True)
+
+    with pytest.raises(DiskError, match=r"tekken\.json cannot be read"):
+        build(named_alike, tmp_path / "build", on_progress=lose_the_source)
+
+
 IN_A_PROCESS = """
 import os, sys
 from pathlib import Path

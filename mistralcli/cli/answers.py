@@ -11,6 +11,8 @@ from mistralcli.errors import UsageError
 if TYPE_CHECKING:
     from mistralcli.session import Completion, Session, SessionOptions
 
+_PULL = "mistral pull mistralai/Mistral-7B-Instruct-v0.3"
+
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt's parts in order: argument, file, and standard input when it is no terminal.
@@ -42,9 +44,6 @@ def _read_file(path: Path) -> str:
 
 def _without_line_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
-
-
-_PULL = "mistral pull mistralai/Mistral-7B-Instruct-v0.3"
 
 
 def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":

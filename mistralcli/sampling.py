@@ -62,9 +62,7 @@ class Sampler:
         # In float64 no temperature and no penalty makes a logit infinite that is not.
         logits = logits.double().cpu()
         if not logits.max().isfinite():  # NaN is the maximum wherever it is
-            raise IntegrityError(
-                "the model's output is not a number", "its weights may be damaged, or try --dtype float32"
-            )
+            raise not_a_number()
         if self.params.repeat_penalty != 1.0:
             logits = penalize(logits, token_ids, self.params.repeat_penalty)
         if self.params.temperature == 0:
@@ -72,6 +70,13 @@ class Sampler:
         scaled = (logits - logits.max()) / self.params.temperature
         probabilities = truncate(scaled, self.params).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def not_a_number() -> IntegrityError:
+    """What is raised where no token can be chosen."""
+    return IntegrityError(
+        "the model's output is not a number", "its weights may be damaged, or try --dtype float32"
+    )
 
 
 def penalize(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ takes 0.24 ns for one row of x and 10.7 ns for 512; with tiles an eighth as larg
 large 0.43 and 9.8."""
 
 
-@op()
+@op(cuda="quant.kernels.matmul:int4_matmul")
 def int4_matmul(
     x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> torch.Tensor:
@@ -35,10 +35,12 @@ def int4_matmul(
     # Splitting x by the parity of its columns once is cheaper than interleaving the nibbles of every weight.
     even, odd = (x.float().reshape(-1, x.shape[-1])[:, parity::2] for parity in (0, 1))
     split = torch.cat((even, pad(odd, (0, x.shape[-1] % 2))), dim=1)
-    return _matmul_in_tiles(split, qweight, scales, zeros, bits=4).to(x.dtype).view(*x.shape[:-1], -1)
+    return (
+        _matmul_in_tiles(split, qweight, scales, zeros, bits=4).to(x.dtype).view(*x.shape[:-1], len(qweight))
+    )
 
 
-@op()
+@op(cuda="quant.kernels.matmul:int8_matmul")
 def int8_matmul(
     x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> torch.Tensor:
@@ -47,7 +49,9 @@ def int8_matmul(
     As `int4_matmul`, but qweight is (out_features, at least in_features) uint8, each byte a code as q + 128.
     """
     rows = x.float().reshape(-1, x.shape[-1])
-    return _matmul_in_tiles(rows, qweight, scales, zeros, bits=8).to(x.dtype).view(*x.shape[:-1], -1)
+    return (
+        _matmul_in_tiles(rows, qweight, scales, zeros, bits=8).to(x.dtype).view(*x.shape[:-1], len(qweight))
+    )
 
 
 def dequantize(

@@ -18,6 +18,7 @@ LAYERS = [
     ["mistralcli.session"],
     ["mistralcli.plan"],
     ["mistralcli.engine", "mistralcli.weights"],
+    ["mistralcli.decoder"],
     ["mistralcli.model", "mistralcli.sampling"],
     ["mistralcli.cache", "mistralcli.ops", "mistralcli.kernels", "mistralcli.device"],
     [

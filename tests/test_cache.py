@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import load, random_checkpoint, token_ids
 
-from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, cache_size_bytes
+from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, Seen, cache_size_bytes
 from mistralcli.config import ModelConfig
 from mistralcli.engine import Engine
 from mistralcli.errors import ContextOverflowError
@@ -67,8 +67,8 @@ def test_the_ring_sees_exactly_the_window_after_any_writes(
             break
         slots |= {position % ring.capacity: position for position in range(start, stop)}
         positions = torch.arange(start, stop)[None]
-        visible = ring.visible(positions, torch.tensor([stop - 1]), min(stop, ring.capacity))[0]
-        for query, row in zip(range(start, stop), visible, strict=True):
+        mask = Seen(positions, ring, min(stop, ring.capacity)).mask[0]
+        for query, row in zip(range(start, stop), mask, strict=True):
             seen = {slots[int(slot)] for slot in row.nonzero()}
             assert seen == set(range(max(0, query - window + 1), query + 1))
         start = stop
@@ -164,7 +164,7 @@ def test_a_rewind_is_allowed_only_where_the_ring_still_holds_the_window(
         positions = torch.arange(start, n_held)
         (piece,) = cache.begin(positions[None])
         slots |= {position % ring.capacity: position for position in range(start, n_held)}
-        for query, row in zip(positions.tolist(), piece.visible[ring][0], strict=True):
+        for query, row in zip(positions.tolist(), piece.seen[ring].mask[0], strict=True):
             seen = {slots[int(slot)] for slot in row.nonzero()}
             assert seen == set(range(max(0, query - sliding_window + 1), query + 1))
 
@@ -185,6 +185,20 @@ def test_a_chunk_that_was_interrupted_leaves_a_cache_that_answers_as_a_fresh_one
         prompt = [*ids[:n_shared], 5, 6]
         fresh = Engine(model, max_seq_len=200, chunk=200, slack=200)
         torch.testing.assert_close(next_logits(kept, prompt), next_logits(fresh, prompt), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_chunk_whose_positions_are_on_the_cpu_waits_for_no_device(model: Transformer) -> None:
+    cache = KVCache(model.config, max_seq_len=100, n_seqs=2, slack=8, device="cuda")
+    positions = torch.arange(20).repeat(2, 1)
+    positions[1, 13:] = -1
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pieces = cache.begin(positions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(pieces) == 3
+    assert cache.last.tolist() == [19, 12]
 
 
 def test_a_buffer_that_cannot_grow_stays_as_it_was(model: Transformer) -> None:

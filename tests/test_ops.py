@@ -8,6 +8,7 @@ import torch
 
 import mistralcli.ops
 import quant.ops
+from mistralcli.cache import Ring, Seen
 from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
 from quant.registry import Op, all_ops, op
 
@@ -52,14 +53,16 @@ def test_rotary_rotates_pairs_half_a_head_apart() -> None:
     assert out == pytest.approx(expected, abs=1e-6)
 
 
-def test_attention_is_softmax_over_what_is_visible_and_zero_where_nothing_is() -> None:
+def test_attention_is_softmax_over_what_is_seen_and_zero_where_nothing_is() -> None:
     q, k, v = randn(1, 2, 3, 4), randn(1, 1, 5, 4, seed=1), randn(1, 1, 5, 4, seed=2)
-    visible = torch.tensor([[[1, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]]).bool()
-    out = attention.reference(q, k, v, visible)
+    # Slots 0 … 4 hold the positions 5, 6, 2, 3, 4; position 5 sees 4 and 5, position 6 sees 5 and 6.
+    out = attention.reference(q, k, v, Seen(torch.tensor([[5, 6, -1]]), Ring(5, 2), 5))
     assert torch.equal(out[0, :, 2], torch.zeros(2, 4))
-    torch.testing.assert_close(out[0, :, 0], v[0, :, 0].expand(2, 4))
-    weights = (q[0, 1, 1] @ k[0, 0, [1, 3]].T / 2).softmax(-1)
-    torch.testing.assert_close(out[0, 1, 1], weights @ v[0, 0, [1, 3]])
+    for token, slots in ((0, [4, 0]), (1, [0, 1])):
+        weights = (q[0, 1, token] @ k[0, 0, slots].T / 2).softmax(-1)
+        torch.testing.assert_close(out[0, 1, token], weights @ v[0, 0, slots])
+    alone = attention.reference(q, k, v, Seen(torch.tensor([[0, 1, 2]]), Ring(5, None), 5))
+    torch.testing.assert_close(alone[0, :, 0], v[0, :, 0].expand(2, 4))
 
 
 def test_swiglu_is_silu_of_the_gate_times_up() -> None:
@@ -68,23 +71,32 @@ def test_swiglu_is_silu_of_the_gate_times_up() -> None:
 
 
 def attention_case(
-    n_heads: int, n_kv_heads: int, n_tokens: int, n_slots: int, dtype: torch.dtype
+    n_heads: int, n_kv_heads: int, n_tokens: int, start: int, window: int | None, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    visible = torch.rand((2, n_tokens, n_slots), generator=torch.Generator().manual_seed(3)) < 0.5
-    visible[1, -1] = False
+    """Two sequences, the second of which has padding from its middle on, in a ring that is full or has wrapped."""
+    ring = Ring.of(window, max_seq_len=300, slack=n_tokens)
+    positions = torch.arange(start, start + n_tokens).repeat(2, 1)
+    positions[1, n_tokens // 2 :] = -1
+    seen = Seen(positions, ring, min(start + n_tokens, ring.capacity))
     q, k, v = (
         randn(2, n_heads, n_tokens, 24),
-        randn(2, n_kv_heads, n_slots, 24),
-        randn(2, n_kv_heads, n_slots, 24, seed=5),
+        randn(2, n_kv_heads, seen.n_slots, 24),
+        randn(2, n_kv_heads, seen.n_slots, 24, seed=5),
     )
-    return q.to(dtype), k.to(dtype), v.to(dtype), visible
+    return q.to(dtype), k.to(dtype), v.to(dtype), seen
 
 
 CASES = {
     "mistralcli.ops:attention": [
-        attention_case(n_heads, n_kv_heads, n_tokens, n_slots, dtype)
+        attention_case(n_heads, n_kv_heads, n_tokens, start, window, dtype)
         for n_heads, n_kv_heads in ((4, 4), (6, 2), (3, 1))
-        for n_tokens, n_slots in ((1, 1), (1, 37), (5, 33), (130, 257))
+        for n_tokens, start, window in (
+            (1, 0, None),
+            (1, 36, None),
+            (5, 28, 9),
+            (130, 127, 31),
+            (130, 127, None),
+        )
         for dtype in (torch.float32, torch.bfloat16)
     ],
 }
@@ -108,7 +120,7 @@ def kernels() -> list[tuple[str, str]]:
 def test_every_kernel_agrees_with_its_reference(name: str, device: str) -> None:
     one = all_ops()[name]
     for case in CASES[name]:
-        args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in case]
+        args = [a.to(device) if isinstance(a, torch.Tensor | Seen) else a for a in case]
         expected, out = one.reference(*args), one.on(device)(*args)
         assert isinstance(expected, torch.Tensor) and isinstance(out, torch.Tensor)
         tolerance = TOLERANCE[out.dtype]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mistralcli.cache import Ring, Seen
 from mistralcli.ops import rotary_tables
 
 Arguments = tuple[Any, ...]
@@ -58,11 +59,10 @@ def _rotary_case(n_tokens: int, dtype: torch.dtype) -> Arguments:
 def _attention_case(n_tokens: int, dtype: torch.dtype) -> Arguments:
     """Eight query heads on two of keys, 300 slots, each query a window of 256 that ends at itself."""
     n_slots = 300
-    slots, last = torch.arange(n_slots), torch.arange(n_slots - n_tokens, n_slots)[:, None]
-    visible = (slots <= last) & (slots > last - 256)
+    seen = Seen(torch.arange(n_slots - n_tokens, n_slots)[None], Ring(n_slots, 256), n_slots)
     q = _randn(1, 8, n_tokens, 128, dtype=dtype)
     k, v = (_randn(1, 2, n_slots, 128, dtype=dtype, seed=seed) for seed in (1, 2))
-    return (q, k, v, visible[None])
+    return (q, k, v, seen)
 
 
 def _matmul_case(bits: int, n_tokens: int, has_zeros: bool, dtype: torch.dtype) -> Arguments:

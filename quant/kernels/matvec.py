@@ -1,0 +1,373 @@
+"""Matmuls for 1 to 16 rows in Triton: a weight's bytes stream past once, and what follows is done on the way.
+
+Decoding is a race against memory bandwidth. A layer of a transformer is four of these kernels and one of attention,
+because each hands on activations that are ready for the next (`quant.kernels.activations`), and because
+RMSNorm is not a step of its own: its division by the root mean square is one number for each row, so it
+commutes with the product. Whoever adds to the residual stream leaves `h · norm_weight`, packed, and the sums of
+h² by blocks of 32 columns; the next product is divided at its end.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.kernels.activations import BLOCK, Activations, pack, quad_columns
+from quant.kernels.ptx import dot_int4_half, dot_int4_int8, dot_int8_half, dot_int8_int8
+
+MOST_ROWS = 16
+
+_INTERPRETED = triton.knobs.runtime.interpret
+
+Epilogue = Literal["store", "add", "add_and_pack", "swiglu_and_pack"]
+"""What becomes of the product y: it is stored; it is added to what is there; the sum is also packed for the next
+matmul, behind an RMSNorm; or it is the gate and the input of a SwiGLU, whose output is packed."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a kernel reads of a linear layer, as it is stored.
+
+    words: (out_features, in_features · bits / 32) int32, or the dense weight itself where `bits` is 16. scales and
+    zeros: (out_features, n_groups), float and int8; zeros None where they are all 0.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bits: int
+
+    @staticmethod
+    def dense(weight: torch.Tensor) -> "Weight":
+        return Weight(weight, weight, None, 16)
+
+    @staticmethod
+    def quantized(
+        qweight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int
+    ) -> "Weight":
+        """From the tensors of `quant.ops.int4_matmul` or `int8_matmul`."""
+        return Weight(qweight.view(torch.int32), scales, zeros, bits)
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * (1 if self.bits == 16 else 32 // self.bits)
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.scales.shape[1]
+
+    @property
+    def supported(self) -> bool:
+        """Whether the kernels take it: whole blocks of columns, and groups of whole quads."""
+        whole = self.in_features % BLOCK == 0 and self.out_features % BLOCK == 0
+        return whole and (self.bits == 16 or self.group_size % quad_columns(self.bits) == 0)
+
+    @property
+    def size_bytes(self) -> int:
+        """What one pass over it reads."""
+        quantized = 0 if self.bits == 16 else self.scales.nbytes
+        return self.words.nbytes + quantized + (0 if self.zeros is None else self.zeros.nbytes)
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How a matmul is cut: outputs of a program, words of a tile, and warps."""
+
+    outputs: int
+    words: int
+    warps: int
+
+
+def default_blocking(weight: Weight, n_rows: int) -> Blocking:
+    """What does well on cards that were not tuned for."""
+    if _INTERPRETED:
+        return Blocking(BLOCK, 64, 1)  # few programs
+    n_words = weight.words.shape[1]
+    words, outputs = (256, 4) if weight.bits == 4 else (512, 2)
+    warps = 1
+    if n_rows > 1:
+        outputs, warps = 2, 2
+    elif n_words >= 1024:
+        outputs, warps = 8, words // 128
+    while n_words % words and words > 64:  # tiles that fit need no masks
+        words //= 2
+    return Blocking(outputs, words, warps)
+
+
+def matvec(
+    x: Activations,
+    weight: Weight,
+    y: torch.Tensor,
+    *,
+    epilogue: Epilogue = "store",
+    norm_weight: torch.Tensor | None = None,
+    next_x: Activations | None = None,
+    counters: torch.Tensor | None = None,
+    blocking: Blocking | None = None,
+    pdl: bool = False,
+) -> None:
+    """`y = x wᵀ` and the epilogue, in one launch.
+
+    y: (n_rows, out_features), half of the weight's for SwiGLU; float32 but for "store", where any float type does.
+    norm_weight: of the norm behind "add_and_pack". next_x: what the packing fills. counters: out_features / BLOCK
+    int32 zeros, which they are again afterwards. pdl: chained by programmatic dependent launch (compute
+    capability 9.0).
+    """
+    n_rows, out_features = y.shape
+    blocking = blocking or default_blocking(weight, n_rows)
+    n_words = weight.words.shape[1]
+    n_sums = 0 if x.square_sums is None else x.square_sums.shape[1]
+    filled = next_x or x
+    placeholder = x.scales
+    matvec_kernel[(triton.cdiv(out_features, blocking.outputs),)](
+        x.data,
+        x.scales,
+        placeholder if x.square_sums is None else x.square_sums,
+        weight.words,
+        weight.scales,
+        placeholder if weight.zeros is None else weight.zeros,
+        y,
+        placeholder if norm_weight is None else norm_weight,
+        filled.elements,
+        filled.scales,
+        placeholder if filled.square_sums is None else filled.square_sums,
+        placeholder if counters is None else counters,
+        n_rows,
+        out_features,
+        n_words,
+        weight.scales.shape[1],
+        0 if weight.bits == 16 else weight.group_size // quad_columns(weight.bits),
+        n_sums,
+        x.eps,
+        BITS=weight.bits,
+        ROUNDING=x.rounding,
+        ASYMMETRIC=weight.zeros is not None,
+        PER_CHANNEL=weight.bits != 16 and weight.scales.shape[1] == 1,
+        EPILOGUE=epilogue,
+        NEXT_BITS=filled.bits,
+        NEXT_ROUNDING=filled.rounding,
+        N_SUMS=triton.next_power_of_2(n_sums) if n_sums else 0,
+        ROWS=triton.next_power_of_2(n_rows),
+        BLOCK_OUT=blocking.outputs,
+        BLOCK_WORDS=blocking.words,
+        N_TILES=triton.cdiv(n_words, blocking.words),
+        EVEN=n_words % blocking.words == 0,
+        PTX=not _INTERPRETED,
+        PDL=pdl,
+        num_warps=blocking.warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+@triton.jit
+def _quad_sums(q, x, plane, mask, BITS: tl.constexpr, ROUNDING: tl.constexpr, PTX: tl.constexpr):
+    """Each quad's weights times its activations: q (outputs, 1, words) int32 to (outputs, rows, quads) float32."""
+    x0 = tl.load(x, mask=mask, other=0)
+    if BITS == 4:
+        x1 = tl.load(x + plane, mask=mask, other=0)
+        if ROUNDING == "half":
+            x2 = tl.load(x + 2 * plane, mask=mask, other=0)
+            x3 = tl.load(x + 3 * plane, mask=mask, other=0)
+            by_word = dot_int4_half(q, x0, x1, x2, x3, PTX)
+        else:
+            by_word = dot_int4_int8(q, x0, x1, PTX)
+    else:
+        if ROUNDING == "half":
+            by_word = dot_int8_half(q, x0, tl.load(x + plane, mask=mask, other=0), PTX)
+        else:
+            by_word = dot_int8_int8(q, x0, PTX)
+    quads = tl.reshape(by_word, [by_word.shape[0], by_word.shape[1], by_word.shape[2] // 4, 4])
+    return tl.sum(quads, axis=3).to(tl.float32)
+
+
+@triton.jit
+def _root_mean_square(sums, row, n_rows, n_sums, eps, N_SUMS: tl.constexpr):
+    """The divisor of each row's RMSNorm from the sums of squares by blocks: (ROWS,)."""
+    block = tl.arange(0, N_SUMS)
+    mask = (row < n_rows)[:, None] & (block < n_sums)[None, :]
+    squares = tl.load(sums + row[:, None] * n_sums + block[None, :], mask=mask, other=0.0)
+    return tl.sqrt(tl.sum(squares, axis=1) / (n_sums * 32) + eps)
+
+
+@triton.jit
+def _is_last(counter, n_programs):
+    """Whether this program is the last of n_programs to come here; then what they all wrote can be read."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == n_programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit(do_not_specialize_on_alignment=["x_scales", "scales", "zeros"])
+def matvec_kernel(
+    x,
+    x_scales,
+    sums,
+    weight,
+    scales,
+    zeros,
+    y,
+    norm_weight,
+    next_x,
+    next_scales,
+    next_sums,
+    counters,
+    n_rows,
+    out_features,
+    n_words,
+    n_groups,
+    quads_per_group,
+    n_sums,
+    eps,
+    BITS: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    NEXT_ROUNDING: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    N_TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`y[m, o] = Σ_i x[m, i] w[o, i]` for BLOCK_OUT outputs o a program, then the epilogue.
+
+    weight: (out_features, n_words) int32; of a dense one the words are its elements. For SwiGLU it has
+    2 · out_features rows, the gate's first, and y is (n_rows, out_features). sums: what the product's RMSNorm
+    needs, unless N_SUMS is 0.
+    """
+    GATED: tl.constexpr = EPILOGUE == "swiglu_and_pack"
+    OUTS: tl.constexpr = 2 * BLOCK_OUT if GATED else BLOCK_OUT
+    QUADS: tl.constexpr = BLOCK_WORDS // 4
+    PLANES: tl.constexpr = (2 if ROUNDING == "half" else 1) * (2 if BITS == 4 else 1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.arange(0, OUTS)
+    out = tl.program_id(0) * BLOCK_OUT + (i // 2 if GATED else i)
+    stored_row = out + i % 2 * out_features if GATED else out
+    in_out = (out < out_features)[:, None, None]
+    weight_row = stored_row[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    word = tl.arange(0, BLOCK_WORDS)[None, None, :]
+    quad = tl.arange(0, QUADS)[None, None, :]
+    n_quads = n_words // 4
+
+    tile = weight + weight_row.to(tl.int64) * n_words + word
+    q = tl.load(tile, mask=in_out & (word < n_words), other=0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([OUTS, ROWS, BLOCK_WORDS if BITS == 16 else QUADS], tl.float32)
+    for t in tl.static_range(N_TILES):
+        if t + 1 < N_TILES:  # the next tile is under way while this one is multiplied
+            more = in_out if EVEN else in_out & (word + (t + 1) * BLOCK_WORDS < n_words)
+            q_next = tl.load(tile + (t + 1) * BLOCK_WORDS, mask=more, other=0, eviction_policy="evict_first")
+        mask = row < n_rows
+        at = word + t * BLOCK_WORDS
+        in_words = mask if EVEN else mask & (at < n_words)
+        if BITS == 16:
+            acc += q.to(tl.float32) * tl.load(x + row * n_words + at, mask=in_words, other=0.0)
+        else:
+            part = _quad_sums(q, x + row * (PLANES * n_words) + at, n_words, in_words, BITS, ROUNDING, PTX)
+            quads = quad + t * QUADS
+            in_quads = mask if EVEN else mask & (quads < n_quads)
+            x_scale = x_scales + row * (2 * n_quads) + quads
+            part *= tl.load(x_scale, mask=in_quads, other=0.0)
+            offset = 0.0 if ROUNDING == "half" else (8.0 if BITS == 4 else 128.0)
+            group = tl.max_contiguous(
+                quads // quads_per_group, [1, 1, 2]
+            )  # no more than an order of the axes
+            if ROUNDING == "int8" or ASYMMETRIC:
+                x_sum = tl.load(x_scale + n_quads, mask=in_quads, other=0.0)
+                if ASYMMETRIC:
+                    zero = zeros + weight_row * n_groups + (0 if PER_CHANNEL else group)
+                    offset += tl.load(zero, mask=in_out & (quads < n_quads), other=0).to(tl.float32)
+                part -= offset * x_sum
+            if not PER_CHANNEL:
+                scale = scales + weight_row * n_groups + group
+                part *= tl.load(scale, mask=in_out & (quads < n_quads), other=0.0).to(tl.float32)
+            acc += part
+        if t + 1 < N_TILES:
+            q = q_next
+    total = tl.sum(acc, axis=2)  # (OUTS, ROWS)
+    if PER_CHANNEL:
+        total *= tl.load(scales + stored_row, mask=out < out_features, other=0.0).to(tl.float32)[:, None]
+    if N_SUMS:
+        total /= _root_mean_square(sums, tl.arange(0, ROWS), n_rows, n_sums, eps, N_SUMS)[None, :]
+    _finish(total, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
+            EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    total,
+    y,
+    norm_weight,
+    next_x,
+    next_scales,
+    next_sums,
+    counters,
+    n_rows,
+    out_features,
+    EPILOGUE: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    NEXT_ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """The epilogue. Blocks of 32 columns are packed by whichever program finishes a block."""
+    if EPILOGUE == "swiglu_and_pack":
+        gate, up = tl.split(tl.permute(tl.reshape(total, [BLOCK_OUT, 2, ROWS]), [0, 2, 1]))
+        total = gate / (1 + tl.exp(-gate)) * up
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.arange(0, ROWS)
+    mask = (out < out_features)[:, None] & (row < n_rows)[None, :]
+    at = y + row[None, :] * out_features + out[:, None]
+    if EPILOGUE == "add" or EPILOGUE == "add_and_pack":
+        total += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, total.to(y.dtype.element_ty), mask=mask)
+    if EPILOGUE == "add_and_pack" or EPILOGUE == "swiglu_and_pack":
+        block = tl.program_id(0) * BLOCK_OUT // 32
+        if _is_last(counters + block, 32 // BLOCK_OUT):
+            _pack_block(block, y, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
+                        EPILOGUE == "add_and_pack", NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
+
+
+@triton.jit
+def _pack_block(
+    block,
+    y,
+    norm_weight,
+    next_x,
+    next_scales,
+    next_sums,
+    n_rows,
+    out_features,
+    NORM: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    NEXT_ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Pack 32 columns of y, which other programs wrote, hence past the first-level cache."""
+    column = block * 32 + tl.arange(0, 32)
+    row = tl.arange(0, ROWS)
+    mask = row < n_rows
+    at = y + row[:, None] * out_features + column[None, :]
+    values = tl.load(at, mask=mask[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
+    if NORM:
+        squares = tl.sum(values * values, axis=1)
+        tl.store(next_sums + row * (out_features // 32) + block, squares, mask=mask)
+        values *= tl.load(norm_weight + column).to(tl.float32)[None, :]
+    pack(values, row, mask, block * 32 + tl.zeros([ROWS], tl.int32), next_x, next_scales, out_features,
+         NEXT_BITS, NEXT_ROUNDING, ROWS, 32)  # fmt: skip

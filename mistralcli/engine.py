@@ -62,8 +62,10 @@ class Engine:
         """The captured step, where the device is CUDA and its kernels know the model."""
         if self.device.type != "cuda" or os.environ.get("MISTRAL_CLI_KERNELS") == "reference":
             return None
-        from mistralcli.decoder import Decoder, can_decode
-
+        try:
+            from mistralcli.decoder import Decoder, can_decode
+        except ImportError:  # no Triton: the operators say so
+            return None
         if not can_decode(self.model, len(self.cache.last)):
             return None
         with out_of_memory_as(f"{self.device} ran out of memory for one step", "ask for a shorter --ctx"):

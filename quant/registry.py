@@ -5,12 +5,13 @@
 
 The function that carries the decorator is the definition: its docstring is the mathematics and its body is
 what a kernel is tested against. A kernel is named by a string, `module:function`, so that Triton or numba is
-imported only when a tensor of that device first meets the operator. `MISTRAL_CLI_KERNELS=reference` turns
-every kernel off: everything still works, slowly.
+imported only when a tensor of that device first meets the operator; where it cannot be imported, the reference
+runs. `MISTRAL_CLI_KERNELS=reference` turns every kernel off: everything still works, slowly.
 """
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -19,6 +20,8 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_log = logging.getLogger(__name__)  # without a handler, a warning is a line on stderr
 
 _OPS: dict[str, "Op[Any, Any]"] = {}
 
@@ -39,10 +42,23 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, torch.Tensor), f"{self.name}: the first argument chooses the device"
-        return self.on(first.device.type)(*args, **kwargs)
+        return self._usable(first.device.type)(*args, **kwargs)
+
+    def _usable(self, device_type: str) -> Callable[P, R]:
+        """`on`, or the reference where the kernel cannot be imported: a slower run, with one line that says so."""
+        try:
+            return self.on(device_type)
+        except ImportError as error:
+            _log.warning("%s runs slowly on %s, without its kernel: %s", self.name, device_type, error)
+            self._loaded[device_type] = self.reference
+            return self.reference
 
     def on(self, device_type: str) -> Callable[P, R]:
-        """What runs on a device: its kernel, imported now if need be, or the reference."""
+        """What runs on a device: its kernel, imported now if need be, or the reference where it has none.
+
+        Raises:
+            ImportError: it has a kernel, which cannot be imported.
+        """
         chosen = self._loaded.get(device_type)
         if chosen is None:
             chosen = self._loaded[device_type] = self._load(device_type)

@@ -313,11 +313,11 @@ def main(capability: int) -> None:
         kernel = flash._flash_kernel
         usage[f"flash, {rows} rows"] = compiled(kernel, "*bf16", constants, capability, warps)
     for window, pdl in ((4096, capability == 90), (0, False)):
-        constants = {"WINDOW": window, "N_SPLITS": 16, "ROWS": 16, "HALF": 64, "KEYS": 128, "STAGES": 3}
+        constants = {"WINDOW": window, "N_SPLITS": 16, "ROWS": 16, "HALF": 64, "KEYS": 64, "STAGES": 3}
         constants |= SHAPE | {"HEADS": decode._heads_at_once(4, 16, 128), "PDL": pdl}
         constants |= {"BITS": 4, "ROUNDING": "int8"}
         kernel = decode._decode_kernel
-        usage[f"decode, window {window}"] = compiled(kernel, "*i8", constants, capability, warps=4)
+        usage[f"decode, window {window}"] = compiled(kernel, "*i8", constants, capability, warps=2)
     print(json.dumps(usage))
 
 

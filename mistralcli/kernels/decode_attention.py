@@ -192,17 +192,29 @@ def _decode_kernel(
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // n_kv_heads
     kv_head = pair % n_kv_heads
     position = tl.load(positions + sequence).to(tl.int32)
+    low = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
+    # Few positions take few programs: one alone has nothing to combine.
+    n_active = tl.minimum(tl.maximum(tl.cdiv(position - low, KEYS), 1), N_SPLITS)
+    if split >= n_active:
+        return
+    share = tl.cdiv(position - low, n_active)
+    begin = low + split * share
+    end = tl.minimum(begin + share, position)
+    keys += pair.to(tl.int64) * capacity * HEAD_DIM
+    values += pair.to(tl.int64) * capacity * HEAD_DIM
+    # Earlier positions were written in earlier steps, which are over: they are read while the product before this
+    # launch, which makes q, k and v, is still going on.
+    block = _load_block(keys, values, begin, end, capacity, HEAD_DIM, HALF, KEYS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     qkv += sequence * (GROUP + 2) * n_kv_heads * HEAD_DIM
     cos += sequence * (HEAD_DIM // 2)
     sin += sequence * (HEAD_DIM // 2)
-    keys += pair.to(tl.int64) * capacity * HEAD_DIM
-    values += pair.to(tl.int64) * capacity * HEAD_DIM
     rows = tl.arange(0, ROWS)
     first, second = _rotated(qkv, kv_head * GROUP + rows, rows < GROUP, cos, sin, HEAD_DIM, HALF)
     first, second = first.to(keys.dtype.element_ty), second.to(keys.dtype.element_ty)
@@ -215,17 +227,22 @@ def _decode_kernel(
             qkv, cos, sin, keys, values, first, second, kv_head, n_kv_heads, position % capacity, scale,
             GROUP, HEAD_DIM, ROWS, HALF,
         )  # fmt: skip
-    low = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
-    share = tl.cdiv(position - low, N_SPLITS)
-    begin = low + split * share
-    end = tl.minimum(begin + share, position)
-    for at in tl.range(begin, end, KEYS, num_stages=STAGES):
+    largest, total, sums = _attend(
+        first, second, block, begin, end, scale, largest, total, sums, KEYS, INTERPRETED
+    )
+    for at in tl.range(begin + KEYS, end, KEYS, num_stages=STAGES):
+        block = _load_block(keys, values, at, end, capacity, HEAD_DIM, HALF, KEYS)
         largest, total, sums = _attend(
-            first, second, keys, values, at, end, capacity, scale, largest, total, sums,
-            HEAD_DIM, HALF, KEYS, INTERPRETED,
-        )  # fmt: skip
+            first, second, block, at, end, scale, largest, total, sums, KEYS, INTERPRETED
+        )
 
     columns = tl.arange(0, 2 * HALF)
+    if n_active == 1:
+        _store(
+            sums / total[:, None], sequence, n_kv_heads, kv_head, rows, out, out_scales,
+            GROUP, HEAD_DIM, BITS, ROUNDING, ROWS, 2 * HALF,
+        )  # fmt: skip
+        return
     sums_out += pair * N_SPLITS * GROUP * HEAD_DIM
     statistics += pair * N_SPLITS * 2 * GROUP
     at = (split * GROUP + rows)[:, None] * HEAD_DIM + columns[None, :]
@@ -234,11 +251,11 @@ def _decode_kernel(
     tl.store(statistics + (split * 2 + 1) * GROUP + rows, total, mask=rows < GROUP)
     # All threads' stores come before the one that counts; who counts last sees every split's.
     tl.debug_barrier()
-    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == N_SPLITS - 1:
+    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == n_active - 1:
         tl.store(arrived + pair, 0)
         for head in tl.static_range(0, GROUP, HEADS):
             _combine(
-                sums_out, statistics, out, out_scales, sequence, n_kv_heads, kv_head, head,
+                sums_out, statistics, n_active, out, out_scales, sequence, n_kv_heads, kv_head, head,
                 GROUP, HEAD_DIM, N_SPLITS, BITS, ROUNDING, HEADS, 2 * HALF,
             )  # fmt: skip
 
@@ -295,24 +312,10 @@ def _new_token(
 
 
 @triton.jit
-def _attend(
-    first,
-    second,
-    keys,
-    values,
-    begin,
-    end,
-    capacity,
-    scale,
-    largest,
-    total,
-    sums,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    KEYS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+def _load_block(
+    keys, values, begin, end, capacity, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr
 ):
-    """Add the positions begin … min(end, begin + KEYS) to an online softmax, as `flash_attention._attend` does."""
+    """Both halves of the keys and the values of the positions begin … min(end, begin + KEYS), zeros behind them."""
     in_block = begin + tl.arange(0, KEYS) < end
     slots = ring_slots(begin, capacity, KEYS)[:, None] * HEAD_DIM
     i = tl.arange(0, HALF)[None, :]
@@ -321,8 +324,28 @@ def _attend(
     key_second = tl.load(keys + slots + HEAD_DIM // 2 + i, mask=mask, other=0.0)
     columns = tl.arange(0, 2 * HALF)[None, :]
     value = tl.load(values + slots + columns, mask=in_block[:, None] & (columns < HEAD_DIM), other=0.0)
+    return key_first, key_second, value
+
+
+@triton.jit
+def _attend(
+    first,
+    second,
+    block,
+    begin,
+    end,
+    scale,
+    largest,
+    total,
+    sums,
+    KEYS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Add a loaded block of positions to an online softmax, as `flash_attention._attend` does."""
+    key_first, key_second, value = block
     scores = dot(first, key_first.T, tl.zeros([first.shape[0], KEYS], tl.float32), INTERPRETED)
     scores = dot(second, key_second.T, scores, INTERPRETED)
+    in_block = begin + tl.arange(0, KEYS) < end
     scores = tl.where(in_block[None, :], scores * scale, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_largest[:, None])
@@ -336,6 +359,7 @@ def _attend(
 def _combine(
     sums,
     statistics,
+    n_active,
     out,
     out_scales,
     sequence,
@@ -355,25 +379,52 @@ def _combine(
     heads = first_head + tl.arange(0, HEADS)
     columns = tl.arange(0, COLUMNS)
     at = statistics + splits[:, None] * (2 * GROUP) + heads[None, :]
-    mask = (heads < GROUP)[None, :] & (splits >= 0)[:, None]
-    largest = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")  # (N_SPLITS, HEADS)
+    in_splits = splits < n_active
+    mask = in_splits[:, None] & (heads < GROUP)[None, :]
+    largest = tl.load(at, mask=mask, other=-1e30, cache_modifier=".cg")  # (N_SPLITS, HEADS)
     total = tl.load(at + GROUP, mask=mask, other=1.0, cache_modifier=".cg")
     weights = tl.exp2(largest - tl.max(largest, axis=0)[None, :])
     weights = weights / tl.sum(weights * total, axis=0)[None, :]
     mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     place = heads[:, None] * HEAD_DIM + columns[None, :]
     at = sums + splits[:, None, None] * (GROUP * HEAD_DIM) + place[None, :, :]
-    parts = tl.load(at, mask=mask[None, :, :], other=0.0, cache_modifier=".cg")
+    mask = in_splits[:, None, None] & mask[None, :, :]
+    parts = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     combined = tl.sum(parts * weights[:, :, None], axis=0)
+    _store(
+        combined, sequence, n_kv_heads, kv_head, heads, out, out_scales,
+        GROUP, HEAD_DIM, BITS, ROUNDING, HEADS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    attended,
+    sequence,
+    n_kv_heads,
+    kv_head,
+    heads,
+    out,
+    out_scales,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Leave some heads of the group, (HEADS, COLUMNS) float32, as the next product reads them."""
     width = n_kv_heads * GROUP * HEAD_DIM
     first_column = (kv_head * GROUP + heads) * HEAD_DIM
     if ROUNDING == "plain":
-        tl.store(out + sequence * width + first_column[:, None] + columns[None, :], combined, mask=mask)
+        columns = tl.arange(0, COLUMNS)
+        at = out + sequence * width + first_column[:, None] + columns[None, :]
+        tl.store(at, attended, mask=(heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :])
     else:
         tl.static_assert(COLUMNS == HEAD_DIM)
         rows = sequence + tl.zeros([HEADS], tl.int32)
         pack(
-            combined,
+            attended,
             rows,
             heads < GROUP,
             first_column,

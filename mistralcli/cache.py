@@ -168,8 +168,10 @@ class KVCache:
         assert n_positions <= self.max_seq_len, f"position {n_positions - 1} in a cache of {self.max_seq_len}"
         self.reserve(n_positions)
         self._furthest = max(self._furthest, n_positions - 1)
-        starts = range(0, positions.shape[1], self.slack)
-        return [self._piece(positions, slice(start, start + self.slack)) for start in starts]
+        # Without a window nothing is overwritten, and the chunk is one piece.
+        length = self.slack if any(ring.sliding_window for ring in self.rings) else positions.shape[1]
+        starts = range(0, positions.shape[1], length)
+        return [self._piece(positions, slice(start, start + length)) for start in starts]
 
     def advance(self) -> None:
         """Note that the next position of every sequence is being written, by a `Decoder`, which writes `last` too."""

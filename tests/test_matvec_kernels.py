@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 from quant import ops
 from quant.kernels import matmul
 from quant.kernels.activations import Activations, Rounding, packed
-from quant.kernels.matvec import Blocking, Weight, matvec
+from quant.kernels.blockings import Blocking
+from quant.kernels.matvec import Weight, matvec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.activations import BLOCK, Activations, pack, quad_columns
+from quant.kernels.blockings import Blocking, blocking_for
 from quant.kernels.ptx import dot_int4_half, dot_int4_int8, dot_int8_half, dot_int8_int8
 
 MOST_ROWS = 16
@@ -75,29 +76,10 @@ class Weight:
         return self.words.nbytes + quantized + (0 if self.zeros is None else self.zeros.nbytes)
 
 
-@dataclass(frozen=True)
-class Blocking:
-    """How a matmul is cut: outputs of a program, words of a tile, and warps."""
-
-    outputs: int
-    words: int
-    warps: int
-
-
-def default_blocking(weight: Weight, n_rows: int) -> Blocking:
-    """What does well on cards that were not tuned for."""
+def _blocking(weight: Weight, n_rows: int) -> Blocking:
     if _INTERPRETED:
         return Blocking(BLOCK, 64, 1)  # few programs
-    n_words = weight.words.shape[1]
-    words, outputs = (256, 4) if weight.bits == 4 else (512, 2)
-    warps = 1
-    if n_rows > 1:
-        outputs, warps = 2, 2
-    elif n_words >= 1024:
-        outputs, warps = 8, words // 128
-    while n_words % words and words > 64:  # tiles that fit need no masks
-        words //= 2
-    return Blocking(outputs, words, warps)
+    return blocking_for(weight, n_rows, torch.cuda.get_device_capability(weight.words.device))
 
 
 def matvec(
@@ -120,7 +102,7 @@ def matvec(
     capability 9.0).
     """
     n_rows, out_features = y.shape
-    blocking = blocking or default_blocking(weight, n_rows)
+    blocking = blocking or _blocking(weight, n_rows)
     n_words = weight.words.shape[1]
     n_sums = 0 if x.square_sums is None else x.square_sums.shape[1]
     filled = next_x or x

@@ -1,0 +1,118 @@
+"""Pre-fill of a 7B model with random int4 weights on this machine's GPU, beside cuBLAS on the same matmuls in bfloat16.
+
+    python benchmarks/gpu_prefill.py
+
+One run, medians: the whole forward pass of a prompt, its matmuls alone, and the same matmuls with dense bfloat16
+weights; then attention alone at 16k and 32k tokens, with a window of 4,096 and without.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from gpu_decode import MISTRAL_7B, median_s, random_model
+
+from mistralcli.cache import KVCache
+from mistralcli.model import Transformer
+from quant.schemes.affine import Affine, AffineLinear
+
+CHUNK = 2048
+
+
+def linears(model: Transformer) -> list[AffineLinear]:
+    """Those of one layer."""
+    return [module for module in model.layers[0].modules() if isinstance(module, AffineLinear)]
+
+
+def matmuls_s(
+    model: Transformer, n_tokens: int, run: Callable[[AffineLinear, torch.Tensor], object]
+) -> float:
+    """Seconds of one layer's matmuls of the chunks of a prompt."""
+    inputs = {
+        size: torch.randn(min(n_tokens, CHUNK), size, dtype=torch.bfloat16, device="cuda")
+        for size in (4096, 14336)
+    }
+
+    def layer() -> None:
+        for linear in linears(model):
+            run(linear, inputs[linear.in_features])
+
+    return median_s(lambda: [layer() for _ in range(4 * max(1, n_tokens // CHUNK))]) / 4  # type: ignore[arg-type,return-value]
+
+
+@torch.no_grad()
+def prefill_s(model: Transformer, n_tokens: int) -> float:
+    """Seconds of a prompt through the model in chunks, up to its last hidden states."""
+    config = model.config
+    cache = KVCache(config, max_seq_len=n_tokens, dtype=torch.bfloat16, device="cuda")
+    ids = torch.randint(config.vocab_size, (1, n_tokens), device="cuda")
+
+    def run() -> None:
+        cache.rewind(0)
+        for start in range(0, n_tokens, CHUNK):
+            stop = min(start + CHUNK, n_tokens)
+            model(ids[:, start:stop], torch.arange(start, stop)[None], cache)
+
+    return median_s(run)
+
+
+def main() -> None:
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    int4 = Affine(4, 128)
+    model = random_model(MISTRAL_7B, int4, int4)
+    dense = {
+        (one.out_features, one.in_features): torch.randn(
+            one.out_features, one.in_features, dtype=torch.bfloat16, device="cuda"
+        )
+        for one in linears(model)
+    }
+    n_layers = MISTRAL_7B.n_layers
+    for n_tokens in (512, 2048, 8192):
+        peak_s = matmuls_s(
+            model, n_tokens, lambda one, x: F.linear(x, dense[one.out_features, one.in_features])
+        )
+        ours_s = matmuls_s(model, n_tokens, lambda one, x: one(x))
+        whole_s = prefill_s(model, n_tokens)
+        print(
+            f"pre-fill {n_tokens}: {n_tokens / whole_s:.0f} tok/s ({whole_s * 1e3:.1f} ms); matmuls "
+            f"{ours_s * n_layers * 1e3:.1f} ms, cuBLAS bf16 {peak_s * n_layers * 1e3:.1f} ms: {peak_s / ours_s:.0%}; "
+            f"whole pass {peak_s * n_layers / whole_s:.0%} of cuBLAS's matmuls",
+            flush=True,
+        )
+    del model
+    for n_tokens in (16384, 32768):
+        times = {}
+        for window in (None, 4096):
+            config = replace(MISTRAL_7B, n_layers=1, sliding_windows=(window,), hidden_dim=32, vocab_size=32)
+            small = random_model(config, Affine(4, 32), Affine(4, 32))
+            times[window] = attention_s(small, n_tokens)
+        ratio = times[None] / times[4096]
+        print(
+            f"attention of {n_tokens} tokens, a layer: {times[None] * 1e3:.2f} ms, with a window of 4,096 "
+            f"{times[4096] * 1e3:.2f} ms: {ratio:.2f} times as fast",
+            flush=True,
+        )
+
+
+@torch.no_grad()
+def attention_s(model: Transformer, n_tokens: int) -> float:
+    """Seconds of writing and attending alone, in the pieces that a prompt goes through."""
+    config = model.config
+    cache = KVCache(config, max_seq_len=n_tokens, dtype=torch.bfloat16, device="cuda")
+    shape = (1, CHUNK, config.n_heads + 2 * config.n_kv_heads, config.head_dim)
+    qkv = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    q, k, v = qkv.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
+
+    def run() -> None:
+        cache.rewind(0)
+        for start in range(0, n_tokens, CHUNK):
+            pieces = cache.begin(torch.arange(start, start + CHUNK)[None])
+            for piece in pieces:
+                model.layers[0].attention._attend(q, k, v, cache.layers[0], piece)
+
+    return median_s(run)
+
+
+if __name__ == "__main__":
+    main()

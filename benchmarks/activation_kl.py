@@ -2,9 +2,9 @@
 
     python benchmarks/activation_kl.py MODEL TEXT [--tokens 2048]
 
-Decides `quant.kernels.matmul.ROUNDINGS`. The kernels' rounding (by quads, `quant.kernels.activations`) is repeated
-in plain PyTorch, so that no GPU is needed. Printed for each scheme: KL(dense ‖ quantized), which the weights' own rounding
-costs, and KL(quantized ‖ quantized with rounded activations), in nats a token, with their ratio.
+Decides `quant.kernels.matmul.ROUNDINGS`. The kernels' rounding (by quads, `quant.kernels.activations`) is repeated in
+plain PyTorch, so that no GPU is needed. For each scheme: KL(dense ‖ quantized), what the weights' own rounding costs,
+and KL(quantized ‖ quantized with rounded activations), in nats a token, with their ratio.
 """
 
 import argparse

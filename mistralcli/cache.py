@@ -17,6 +17,7 @@ import torch
 
 from mistralcli.config import ModelConfig
 from mistralcli.device import out_of_memory_as
+from quant.registry import op
 
 DEFAULT_SLACK = 512
 GROWTH_SLOTS = 1024
@@ -63,21 +64,32 @@ class Seen:
         window = self.ring.sliding_window
         return seen if window is None else seen & (held > query - window)
 
+    @cached_property
+    def written(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sequence, token and slot of every position that is no padding; made once for all layers of a ring."""
+        sequence, token = (self.positions >= 0).nonzero(as_tuple=True)
+        return sequence, token, self.positions[sequence, token] % self.ring.capacity
+
     def to(self, device: torch.device | str) -> "Seen":
         return Seen(self.positions.to(device), self.ring, self.n_slots)
 
 
+@op(cuda="mistralcli.kernels.pointwise:write_ring")
+def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Store the keys or values of the tokens of `seen` in the slots of their positions, and return the buffer.
+
+    buffer: (n_seqs, n_kv_heads, n_slots, head_dim); x: (n_seqs, n_tokens, n_kv_heads, head_dim), of any float type.
+    """
+    sequence, token, slots = seen.written
+    buffer[sequence, :, slots] = x[sequence, token].to(buffer.dtype)
+    return buffer
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One write-then-attend step: at most `slack` tokens of a chunk.
-
-    `sequence` and `token` index the tokens that are no padding; `slots` and `seen` are by ring.
-    """
+    """One write-then-attend step: at most `slack` tokens of a chunk, where a layer has a window. `seen` is by ring."""
 
     tokens: slice
-    sequence: torch.Tensor
-    token: torch.Tensor
-    slots: dict[Ring, torch.Tensor]
     seen: dict[Ring, Seen]
 
 
@@ -102,9 +114,8 @@ class LayerCache:
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
         """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
-        slots = piece.slots[self.ring]
-        self.keys[piece.sequence, :, slots] = k[piece.sequence, piece.token].to(self.keys.dtype)
-        self.values[piece.sequence, :, slots] = v[piece.sequence, piece.token].to(self.values.dtype)
+        write_ring(self.keys, k, piece.seen[self.ring])
+        write_ring(self.values, v, piece.seen[self.ring])
 
     def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, Seen]:
         """Keys and values of the slots in use, and what each query sees of them."""
@@ -187,22 +198,12 @@ class KVCache:
     def _piece(self, positions: torch.Tensor, tokens: slice) -> Piece:
         """The piece of some tokens of a chunk, whose positions are on the CPU: nothing here waits for a device."""
         mine = positions[:, tokens]
-        sequence, token = (mine >= 0).nonzero(as_tuple=True)
-        written, n_positions = mine[sequence, token], int(mine.max()) + 1
-        on_device = self._on_device(mine)
-        torch.maximum(
-            self.last, on_device.amax(dim=1), out=self.last
-        )  # in place: a captured step reads it there
+        n_positions = int(mine.max()) + 1
+        on_device = mine.to(self.last.device, non_blocking=True)
+        torch.maximum(self.last, on_device.amax(dim=1), out=self.last)  # in place: a captured step reads it
         return Piece(
-            tokens,
-            self._on_device(sequence),
-            self._on_device(token),
-            {ring: self._on_device(written % ring.capacity) for ring in self.rings},
-            {ring: Seen(on_device, ring, min(n_positions, ring.capacity)) for ring in self.rings},
+            tokens, {ring: Seen(on_device, ring, min(n_positions, ring.capacity)) for ring in self.rings}
         )
-
-    def _on_device(self, indices: torch.Tensor) -> torch.Tensor:
-        return indices.to(self.last.device, non_blocking=True)
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""

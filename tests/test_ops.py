@@ -114,6 +114,11 @@ CASES = {
         (randn(3, 501).to(dtype), randn(3, 501, seed=1).to(dtype))
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "mistralcli.cache:write_ring": [
+        (torch.zeros(2, 3, 20, 24), randn(2, 7, 5, 24)[:, :, :3].to(dtype), Seen(positions, Ring(20, 9), 20))
+        for positions in (torch.tensor([[16, 17, 18, 19, 20, 21, 22], [3, 4, -1, -1, -1, -1, -1]]),)
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
     "quant.ops:int4_matmul": matmul_cases(4),
     "quant.ops:int8_matmul": matmul_cases(8),
     "mistralcli.ops:attention": [
@@ -146,12 +151,17 @@ def kernels() -> list[tuple[str, str]]:
     ]
 
 
+def on_device(case: tuple[Any, ...], device: str) -> list[Any]:
+    """A copy of the arguments: some operators write."""
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in case]
+    return [a.to(device) if isinstance(a, torch.Tensor | Seen) else a for a in copies]
+
+
 @pytest.mark.parametrize(("name", "device"), kernels())
 def test_every_kernel_agrees_with_its_reference(name: str, device: str) -> None:
     one = all_ops()[name]
     for case in CASES[name]:
-        args = [a.to(device) if isinstance(a, torch.Tensor | Seen) else a for a in case]
-        expected, out = one.reference(*args), one.on(device)(*args)
+        expected, out = (run(*on_device(case, device)) for run in (one.reference, one.on(device)))
         assert isinstance(expected, torch.Tensor) and isinstance(out, torch.Tensor)
         tolerance = TOLERANCE[out.dtype]
         torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)

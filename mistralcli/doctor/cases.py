@@ -30,6 +30,7 @@ def cases(dtype: torch.dtype) -> Mapping[str, list[Arguments]]:
             (_randn(n, 512, dtype=dtype), _randn(512, dtype=dtype), 1e-5) for n in token_counts
         ],
         "mistralcli.ops:apply_rotary": [_rotary_case(n, dtype) for n in token_counts],
+        "mistralcli.cache:write_ring": [_write_case(n, dtype) for n in token_counts],
         "mistralcli.ops:attention": [_attention_case(n, dtype) for n in token_counts],
         "mistralcli.ops:swiglu": [
             (_randn(n, 640, dtype=dtype), _randn(n, 640, dtype=dtype, seed=1)) for n in token_counts
@@ -54,6 +55,12 @@ def _randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 def _rotary_case(n_tokens: int, dtype: torch.dtype) -> Arguments:
     positions = torch.arange(1000, 1000 + n_tokens)[None]
     return (_randn(1, n_tokens, 8, 128, dtype=dtype), *rotary_tables(positions, head_dim=128, theta=1e6))
+
+
+def _write_case(n_tokens: int, dtype: torch.dtype) -> Arguments:
+    """Two key heads of 50 slots, at whose end the ring wraps."""
+    buffer, x = torch.zeros(1, 2, 50, 128, dtype=dtype), _randn(1, n_tokens, 2, 128, dtype=dtype)
+    return (buffer, x, Seen(torch.arange(90, 90 + n_tokens)[None], Ring(50, 14), 50))
 
 
 def _attention_case(n_tokens: int, dtype: torch.dtype) -> Arguments:

@@ -1,8 +1,10 @@
-"""RMSNorm, rotary embedding and SwiGLU of pre-fill in Triton: one launch where PyTorch takes three to eight."""
+"""Pre-fill's RMSNorm, rotary embedding, SwiGLU and writes to the cache in Triton: a launch for three to eight."""
 
 import torch
 import triton
 import triton.language as tl
+
+from mistralcli.cache import Seen
 
 BLOCK = 1024
 
@@ -85,3 +87,62 @@ def _swiglu_kernel(gate, up, out, n_elements, BLOCK: tl.constexpr):
     silu = (g / (1 + tl.exp(-g))).to(gate.dtype.element_ty).to(tl.float32)
     product = silu * tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, product.to(out.dtype.element_ty), mask=mask)
+
+
+def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Stands in for `mistralcli.cache.write_ring`, whose contract it keeps."""
+    n_seqs, n_tokens, n_heads, head_dim = x.shape
+    if x.stride()[2:] != (head_dim, 1):
+        x = x.contiguous()
+    _write_kernel[(n_seqs, n_tokens)](
+        buffer,
+        x,
+        seen.positions,
+        seen.ring.capacity,
+        n_heads,
+        head_dim,
+        buffer.stride(0),
+        buffer.stride(1),
+        x.stride(0),
+        x.stride(1),
+        seen.positions.stride(0),
+        HEADS=triton.next_power_of_2(n_heads),
+        COLUMNS=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )
+    return buffer
+
+
+@triton.jit
+def _write_kernel(
+    buffer,
+    x,
+    positions,
+    capacity,
+    n_heads,
+    head_dim,
+    buffer_seq,
+    buffer_head,
+    x_seq,
+    x_token,
+    positions_seq,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    position = tl.load(positions + sequence * positions_seq + token)
+    if position < 0:
+        return
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (head < n_heads) & (column < head_dim)
+    value = tl.load(x + sequence * x_seq + token * x_token + head * head_dim + column, mask=mask)
+    at = (
+        buffer
+        + sequence * buffer_seq
+        + head.to(tl.int64) * buffer_head
+        + position % capacity * head_dim
+        + column
+    )
+    tl.store(at, value.to(buffer.dtype.element_ty), mask=mask)

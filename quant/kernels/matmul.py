@@ -65,8 +65,8 @@ def dequantize(weight: Weight, start: int, out: torch.Tensor) -> None:
     n_words = weight.words.shape[1]
     rows, words = 4, min(256, triton.next_power_of_2(n_words))
     _dequantize_kernel[(triton.cdiv(len(out), rows), triton.cdiv(n_words, words))](
-        weight.words[start:],
-        weight.scales[start:],
+        weight.words[start:] if start else weight.words,
+        weight.scales[start:] if start else weight.scales,
         weight.scales if weight.zeros is None else weight.zeros[start:],
         out,
         len(out),

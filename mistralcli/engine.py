@@ -19,6 +19,9 @@ FinishReason = Literal["stop", "length"]
 ChooseToken = Callable[[torch.Tensor, Sequence[int]], int]
 """A sampler: logits (vocab_size,) and the ids so far to the next id."""
 
+WARM_UP_TOKENS = 160
+"""More rows than the largest tile of a kernel has."""
+
 
 class Engine:
     """A model with its cache. It knows token ids only.
@@ -57,6 +60,8 @@ class Engine:
         )
         self.token_ids: list[int] = []
         self.decoder = self._make_decoder()
+        if self.decoder is not None:
+            self._warm_up()
 
     def _make_decoder(self) -> "Decoder | None":
         """The captured step, where the device is CUDA and its kernels know the model."""
@@ -70,6 +75,13 @@ class Engine:
             return None
         with out_of_memory_as(f"{self.device} ran out of memory for one step", "ask for a shorter --ctx"):
             return Decoder(self.model, self.cache)
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of pre-fill now, or load them from Triton's cache, so that no prompt waits for it."""
+        n_tokens = min(WARM_UP_TOKENS, self.chunk, self.max_seq_len - 1)
+        self._extend([0] * n_tokens)
+        self.cache.rewind(0)
+        self.token_ids = []
 
     def generate(
         self,

@@ -1,6 +1,7 @@
 """A session joins tokenizer and engine: text in, text out. `run`, `chat` and `eval` stand on it."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -255,7 +256,8 @@ def open_session(
     on_progress: OnProgress | None = None,
     on_note: Callable[[str], None] = lambda message: None,
 ) -> Session:
-    """Load the model in `directory`. `on_note` is told when the context is shorter than the model's own.
+    """Load the model in `directory`. `on_note` is told when the context is shorter than the model's own, and
+    when kernels are being compiled.
 
     Raises:
         UsageError: no such device, type or context length.
@@ -280,8 +282,20 @@ def open_session(
         demand = demand_of(directory, dtype, chunk, options.slack)
         plan = _plan(config, options, demand, device, on_note)
         model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
-    engine = Engine(model, max_seq_len=plan.ctx, chunk=chunk, slack=options.slack, device=device)
+    with _told_if_slow(on_note, "compiling kernels for this GPU, which is done once and kept"):
+        engine = Engine(model, max_seq_len=plan.ctx, chunk=chunk, slack=options.slack, device=device)
     return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _told_if_slow(on_note: Callable[[str], None], message: str, after_s: float = 2.0) -> Iterator[None]:
+    """Say it when what is done here takes longer than that."""
+    timer = threading.Timer(after_s, on_note, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _plan(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PART_TOKENS = 500_000
 FIRST_SEED = 1000
 """Part p is sampled with seed FIRST_SEED + p."""
 N_HELDOUT = 2000
+MOST_REPEATS = 3
 
 
 def save(path: Path, ids: list[int] | np.ndarray) -> None:
@@ -38,6 +40,11 @@ def part_path(directory: Path, number: int) -> Path:
     return directory / f"part-{number:04}.npy"
 
 
+def repeats_itself(ids: list[int]) -> bool:
+    """Whether a run of 4 ids comes more than 3 times. A model repeats more than it has read, and 5 times are a loop."""
+    return max(Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False)).values(), default=0) > MOST_REPEATS
+
+
 def write_part(job: tuple[Path, Path, int]) -> None:
     """Sample and tokenize one part into its file, unless it is there."""
     tokenizer, directory, number = job
@@ -47,7 +54,10 @@ def write_part(job: tuple[Path, Path, int]) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     ids: list[int] = []
     for one in conversations(FIRST_SEED + number):
-        ids += encode(processor, one.turns)
+        conversation = encode(processor, one.turns)
+        if repeats_itself(conversation):
+            continue
+        ids += conversation
         if len(ids) >= PART_TOKENS:
             break
     save(path, ids)

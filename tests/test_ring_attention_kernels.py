@@ -317,7 +317,7 @@ def main(capability: int) -> None:
         constants |= SHAPE | {"HEADS": decode._heads_at_once(4, 16, 128), "PDL": pdl}
         constants |= {"BITS": 4, "ROUNDING": "int8"}
         kernel = decode._decode_kernel
-        usage[f"decode, window {window}"] = compiled(kernel, "*i8", constants, capability, warps=2)
+        usage[f"decode, window {window}"] = compiled(kernel, "*i8", constants, capability, warps=4)
     print(json.dumps(usage))
 
 

@@ -3,7 +3,8 @@
     python benchmarks/gpu_decode.py [--quick]
 
 One run: the bandwidth of a plain read, then whole steps, greedy sampling included, at several positions and numbers of
-sequences. Each figure is the median of repeats; percentages are of the bandwidth that was read in this run.
+sequences, then the matmuls alone by torch's int4 kernel. Each figure is the median of repeats; percentages are of the
+bandwidth that was read in this run.
 """
 
 import argparse
@@ -131,6 +132,34 @@ def decode(
         )
 
 
+def tinygemm_s(config: ModelConfig) -> float:
+    """Seconds of a step's matmuls alone, by torch's int4 kernel for few rows, in one graph."""
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes = [
+        (q_dim + 2 * kv_dim, config.dim),
+        (config.dim, q_dim),
+        (2 * config.hidden_dim, config.dim),
+        (config.dim, config.hidden_dim),
+    ]
+    shapes = shapes * config.n_layers + [(config.vocab_size, config.dim)]
+    weights = []
+    for out_features, in_features in shapes:
+        codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(in_features // 128, out_features, 2, dtype=torch.bfloat16, device="cuda")
+        weights.append((torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales))
+    inputs = {width: torch.randn(1, width, dtype=torch.bfloat16, device="cuda") for _, width in shapes}
+
+    def run() -> None:
+        for (_, width), (packed, scales) in zip(shapes, weights, strict=True):
+            torch.ops.aten._weight_int4pack_mm(inputs[width], packed, 128, scales)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_s(graph.replay)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="batch 1 alone")
@@ -147,6 +176,11 @@ def main() -> None:
     decode(short, int4, int8, 1, [64], read)
     decode(windowed, int4, int4, 1, [64, 4096, 32000], read)
     decode(short, int8, int8, 1, [64], read)
+    peer_s = tinygemm_s(MISTRAL_7B)
+    print(
+        f"torch's tinygemm, int4, the same matmuls alone: {1 / peer_s:.0f} tok/s, {peer_s * 1e3:.3f} ms",
+        flush=True,
+    )
     if not options.quick:
         for n_seqs in (2, 4, 8, 16):
             decode(replace(short, max_seq_len=512), int4, int4, n_seqs, [64], read)

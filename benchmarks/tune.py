@@ -24,7 +24,7 @@ SHAPES = {
     "7b": {"dim": 4096, "hidden_dim": 14336, "q": 4096, "kv": 1024, "vocab_size": 32768},
     "nemo": {"dim": 5120, "hidden_dim": 14336, "q": 4096, "kv": 1024, "vocab_size": 131072},
 }
-N_LAYERS, N_BEST, ROUNDS = 8, 5, 2
+N_LAYERS, N_BEST, ROUNDS = 8, 8, 2
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,16 @@ def candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
     n_words = task.in_features * bits // 32
     gated = 2 if task.epilogue == "swiglu_and_pack" else 1
     for words in (64, 128, 256, 512, 1024):
-        for warps in (1, 2, 4, 8):
-            for outputs in (1, 2, 4, 8, 16):
+        for warps in (1, 2, 4, 8, 16):
+            for outputs in (1, 2, 4, 8, 16, 32):
                 per_thread = outputs * gated * words // (32 * warps)
                 fits = 4 <= per_thread <= 32 and per_thread * n_rows <= 128
-                if n_words % words == 0 and n_words // words <= 32 and words >= 64 * warps and fits:
+                if (
+                    n_words % words == 0
+                    and n_words // words <= 32
+                    and words * outputs >= 256 * warps
+                    and fits
+                ):
                     yield Blocking(outputs, words, warps)
 
 

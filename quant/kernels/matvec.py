@@ -250,6 +250,9 @@ def matvec_kernel(
     q = tl.load(tile, mask=in_out & (word < n_words), other=0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if N_SUMS:  # loaded before the loop, whose length hides how long that takes; as is what y already holds
+        divisor = _root_mean_square(sums, tl.arange(0, ROWS), n_rows, n_sums, eps, N_SUMS)[None, :]
+    before = _before(y, n_rows, out_features, EPILOGUE, ROWS, BLOCK_OUT)
     acc = tl.zeros([OUTS, ROWS, BLOCK_WORDS if BITS == 16 else QUADS], tl.float32)
     for t in tl.static_range(N_TILES):
         if t + 1 < N_TILES:  # the next tile is under way while this one is multiplied
@@ -286,14 +289,35 @@ def matvec_kernel(
     if PER_CHANNEL:
         total *= tl.load(scales + stored_row, mask=out < out_features, other=0.0).to(tl.float32)[:, None]
     if N_SUMS:
-        total /= _root_mean_square(sums, tl.arange(0, ROWS), n_rows, n_sums, eps, N_SUMS)[None, :]
-    _finish(total, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
+        total /= divisor
+    _finish(total, before, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
             EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip
+
+
+@triton.jit
+def _before(y, n_rows, out_features, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """What the product is added to, (BLOCK_OUT, ROWS) float32."""
+    if EPILOGUE == "add" or EPILOGUE == "add_and_pack":
+        at, mask = _outputs(y, n_rows, out_features, ROWS, BLOCK_OUT)
+        before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        before = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
+    return before
+
+
+@triton.jit
+def _outputs(y, n_rows, out_features, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """Where this program's outputs are stored, (BLOCK_OUT, ROWS), and which of them there are."""
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.arange(0, ROWS)
+    mask = (out < out_features)[:, None] & (row < n_rows)[None, :]
+    return y + row[None, :] * out_features + out[:, None], mask
 
 
 @triton.jit
 def _finish(
     total,
+    before,
     y,
     norm_weight,
     next_x,
@@ -308,28 +332,40 @@ def _finish(
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """The epilogue. Blocks of 32 columns are packed by whichever program finishes a block."""
+    """The epilogue. 32 columns are packed by the program that has them, or by the last of those that share them."""
+    PACKS: tl.constexpr = EPILOGUE == "add_and_pack" or EPILOGUE == "swiglu_and_pack"
+    NORM: tl.constexpr = EPILOGUE == "add_and_pack"
     if EPILOGUE == "swiglu_and_pack":
         gate, up = tl.split(tl.permute(tl.reshape(total, [BLOCK_OUT, 2, ROWS]), [0, 2, 1]))
         total = gate / (1 + tl.exp(-gate)) * up
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.arange(0, ROWS)
-    mask = (out < out_features)[:, None] & (row < n_rows)[None, :]
-    at = y + row[None, :] * out_features + out[:, None]
-    if EPILOGUE == "add" or EPILOGUE == "add_and_pack":
-        total += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, total.to(y.dtype.element_ty), mask=mask)
-    if EPILOGUE == "add_and_pack" or EPILOGUE == "swiglu_and_pack":
+    total += before
+    if EPILOGUE != "swiglu_and_pack" or BLOCK_OUT < 32:
+        at, mask = _outputs(y, n_rows, out_features, ROWS, BLOCK_OUT)
+        tl.store(at, total.to(y.dtype.element_ty), mask=mask)
+    if PACKS:
         block = tl.program_id(0) * BLOCK_OUT // 32
-        if _is_last(counters + block, 32 // BLOCK_OUT):
-            _pack_block(block, y, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
-                        EPILOGUE == "add_and_pack", NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
+        if BLOCK_OUT == 32:
+            _pack_block(tl.trans(total), block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
+                        NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
+        else:
+            if _is_last(counters + block, 32 // BLOCK_OUT):
+                values = _read_block(block, y, n_rows, out_features, ROWS)
+                _pack_block(values, block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
+                            NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
+
+
+@triton.jit
+def _read_block(block, y, n_rows, out_features, ROWS: tl.constexpr):
+    """32 columns of y, (ROWS, 32), which other programs wrote, hence past the first-level cache."""
+    row = tl.arange(0, ROWS)[:, None]
+    at = y + row * out_features + block * 32 + tl.arange(0, 32)[None, :]
+    return tl.load(at, mask=row < n_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit
 def _pack_block(
+    values,
     block,
-    y,
     norm_weight,
     next_x,
     next_scales,
@@ -341,15 +377,12 @@ def _pack_block(
     NEXT_ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Pack 32 columns of y, which other programs wrote, hence past the first-level cache."""
-    column = block * 32 + tl.arange(0, 32)
+    """Pack 32 columns, (ROWS, 32), for the next product."""
     row = tl.arange(0, ROWS)
     mask = row < n_rows
-    at = y + row[:, None] * out_features + column[None, :]
-    values = tl.load(at, mask=mask[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
     if NORM:
         squares = tl.sum(values * values, axis=1)
         tl.store(next_sums + row * (out_features // 32) + block, squares, mask=mask)
-        values *= tl.load(norm_weight + column).to(tl.float32)[None, :]
+        values *= tl.load(norm_weight + block * 32 + tl.arange(0, 32)).to(tl.float32)[None, :]
     pack(values, row, mask, block * 32 + tl.zeros([ROWS], tl.int32), next_x, next_scales, out_features,
          NEXT_BITS, NEXT_ROUNDING, ROWS, 32)  # fmt: skip

@@ -99,9 +99,18 @@ def test_a_part_is_the_sampled_conversations_one_after_the_other(
     for part in range(2):
         stream, n_before = conversations(prepare.FIRST_SEED + part), len(expected)
         while len(expected) - n_before < 3000:
-            expected += encode(processor, next(stream).turns)
+            conversation = encode(processor, next(stream).turns)
+            expected += [] if prepare.repeats_itself(conversation) else conversation
     assert ids == expected
     assert (tmp_path / "data" / TOKENIZER_FILE).read_bytes() == model.read_bytes()
+
+
+def test_a_conversation_repeats_itself_when_a_run_of_four_ids_comes_more_than_three_times() -> None:
+    run = [5, 6, 7, 8]
+    assert not prepare.repeats_itself([1, 2, 3])
+    assert not prepare.repeats_itself([*run, 1, *run, 2, *run, 3])
+    assert prepare.repeats_itself([*run, 1, *run, 2, *run, 3, *run])
+    assert prepare.repeats_itself([9] * 7)
 
 
 def test_a_part_that_is_there_is_kept(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ __all__ = ["Check", "Conversation", "Prompt", "conversations", "heldout_prompts"
 
 # kind: share of the characters in percent, and its sampler
 MIXTURE: dict[str, tuple[float, Sampler]] = {
-    "story": (25.9, tales.story_once),
+    "story": (23.9, tales.story_once),
     "story chat": (10.5, tales.story_chat),
-    "question": (21.5, answers.question_once),
+    "question": (23.5, answers.question_once),
     "question chat": (8, answers.question_chat),
     "small talk": (2, beside(smalltalk.small_talk)),
     "about itself": (2, beside(smalltalk.about)),

@@ -17,7 +17,7 @@ from training.talk.templates import Block, Sampler, Turn, Turns, blocks, chance,
 
 FOLDER = Path(__file__).parent.parent / "qa"
 FIRST_ASKED = "d_basics"
-REPHRASED = 0.7
+REPHRASED = 0.55
 """How often a question is asked in words that no phrasing of its block has."""
 BEGIN, MOST_ALIKE = 5, 16
 """Names are alike that share their first letters; what more questions share is no name."""

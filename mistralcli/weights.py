@@ -1,8 +1,13 @@
-"""Weights from disk to a model: Hugging Face's layout or Mistral's own, memory-mapped, one tensor at a time."""
+"""Weights from disk to a model: Hugging Face's layout or Mistral's own, one tensor at a time.
+
+On the CPU they are memory-mapped; to a GPU they go through pinned memory (`staged_reading`).
+"""
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +17,7 @@ from torch import nn
 from mistralcli.config import ModelConfig, read_config
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
 from mistralcli.model import Embedding, LinearFactory, Transformer, dense_linear
+from mistralcli.staged_reading import TensorPlace, data_offsets, read_to_device, unreadable
 from quant.files import STEMS, open_tensors, weight_files
 from quant.linear import QuantizedLinear
 from quant.scheme import schemes_of
@@ -32,6 +38,9 @@ _IN_LAYER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+_BULK = (".weight", ".weight_packed", ".weight_scale", ".weight_zero_point")
+"""The last parts of names of tensors that are read straight to a GPU; schemes look into the others on the CPU."""
+
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
 _DTYPES = {
@@ -70,6 +79,7 @@ class Checkpoint:
         self._files = dict(files)
         self._stored_names = dict(stored_names)
         self._open: dict[Path, safe_open] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         self._rotary_heads = _rotary_heads(directory) if stored_names else {}
 
     def names(self) -> Sequence[str]:
@@ -85,7 +95,7 @@ class Checkpoint:
         try:
             view = self._handle(name).get_slice(self._stored_names.get(name, name))
         except (SafetensorError, OSError) as error:
-            raise self._unreadable(name, error) from error
+            raise unreadable(self._files[name], name, error) from error
         code = view.get_dtype()
         if code not in _DTYPES:
             raise IntegrityError(f"tensor {name} in {self._files[name]} has the unknown type {code}")
@@ -96,9 +106,14 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._handle(name).get_tensor(self._stored_names.get(name, name))
         except (SafetensorError, OSError) as error:
-            raise self._unreadable(name, error) from error
-        n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
-        return tensor if n_heads is None else _rotate_half_order(tensor, n_heads)
+            raise unreadable(self._files[name], name, error) from error
+        return self._in_order(name, tensor)
+
+    def load_to(self, device: torch.device, names: Sequence[str]) -> Generator[torch.Tensor, None, None]:
+        """Several tensors on a GPU, in that order, read ahead of being asked for."""
+        places = [self._place(name) for name in names]
+        with closing(read_to_device(places, device)) as tensors:
+            yield from map(self._in_order, names, tensors)  # which holds none of them
 
     def release(self) -> None:
         """Unmap the files, but for tensors that are still held: pages that were read count as resident memory."""
@@ -110,11 +125,16 @@ class Checkpoint:
             self._open[path] = open_tensors(path)
         return self._open[path]
 
-    def _unreadable(self, name: str, error: Exception) -> IntegrityError:
-        return IntegrityError(
-            f"{self._files[name]} cannot be read for tensor {name}: {error}",
-            "the file is damaged or incomplete: pull the model again",
-        )
+    def _place(self, name: str) -> TensorPlace:
+        path = self._files[name]
+        if path not in self._offsets:
+            self._offsets[path] = data_offsets(path)
+        start = self._offsets[path][self._stored_names.get(name, name)]
+        return TensorPlace(name, path, start, self.spec(name))
+
+    def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
+        return tensor if n_heads is None else _rotate_half_order(tensor, n_heads)
 
 
 def _rotary_heads(directory: Path) -> dict[str, int]:
@@ -195,32 +215,79 @@ def load_model(
     _check_tensors(config, checkpoint, modules)
     sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
     done = 0
-    for name, module in modules.items():
-        if isinstance(module, QuantizedLinear):
-            _load_quantized(checkpoint, name, module, device)
-        else:
-            keep = isinstance(module, Embedding) and not config.tied_embeddings
-            module.weight = _dense_parameter(checkpoint, f"{name}.weight", device, None if keep else dtype)
-        checkpoint.release()
-        done += sizes[name]
-        if on_progress is not None:
-            on_progress(done, sum(sizes.values()))
+    needed = [list(_expected(name, module)) for name, module in modules.items()]
+    with closing((_staged if device.type == "cuda" else _mapped)(checkpoint, needed, device)) as loading:
+        for (name, module), tensors in zip(modules.items(), loading, strict=True):
+            if isinstance(module, QuantizedLinear):
+                _load_quantized(checkpoint, name, module, tensors, device)
+            else:
+                keep = isinstance(module, Embedding) and not config.tied_embeddings
+                module.weight = _parameter(tensors[f"{name}.weight"], device, None if keep else dtype)
+            tensors.clear()  # before more is loaded
+            done += sizes[name]
+            if on_progress is not None:
+                on_progress(done, sum(sizes.values()))
     return model.eval().requires_grad_(False)
 
 
-def loaded_size_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes that the weights in `directory` take once loaded to compute in `dtype`; reads headers only."""
+def _mapped(
+    checkpoint: Checkpoint, needed: Iterable[Sequence[str]], device: torch.device
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """The tensors of module after module, each set memory-mapped until the next is asked for."""
+    for names in needed:
+        yield {name: checkpoint.load(name) for name in names}
+        checkpoint.release()
+
+
+def _staged(
+    checkpoint: Checkpoint, needed: Sequence[Sequence[str]], device: torch.device
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """The same with the bulk of them on `device` already."""
+
+    def is_bulk(name: str) -> bool:
+        return name.endswith(_BULK)
+
+    bulk = [name for names in needed for name in names if is_bulk(name)]
+    with closing(checkpoint.load_to(device, bulk)) as arriving:
+        for names in needed:
+            yield {name: next(arriving) if is_bulk(name) else checkpoint.load(name) for name in names}
+
+
+@dataclass(frozen=True)
+class LoadedSizes:
+    """Bytes of all weights once loaded, of a layer's largest tensor, and of the largest that is cast, as stored."""
+
+    total: int
+    largest_in_layer: int
+    largest_cast: int
+
+
+def loaded_sizes(directory: Path, dtype: torch.dtype) -> LoadedSizes:
+    """What the weights in `directory` take to compute in `dtype`; reads headers only."""
     config = read_config(directory)
     checkpoint = _find_weights(directory)
-    keep_embedding = not config.tied_embeddings
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+
+    def is_cast(name: str) -> bool:
+        kept = name == "model.embed_tokens.weight" and not config.tied_embeddings
+        return name.endswith(".weight") and specs[name].dtype.is_floating_point and not kept
 
     def size(name: str) -> int:
-        spec = checkpoint.spec(name)
-        is_dense = name.endswith(".weight") and spec.dtype.is_floating_point
-        cast = is_dense and not (keep_embedding and name == "model.embed_tokens.weight")
-        return math.prod(spec.shape) * (dtype if cast else spec.dtype).itemsize
+        spec = specs[name]
+        if name.endswith(".weight_zero_point"):  # one int8 for each scale
+            return math.prod(specs[name.replace("zero_point", "scale")].shape)
+        if name.endswith(".absmax"):  # float32, whether they are stored so or nested
+            return math.prod(spec.shape) * torch.float32.itemsize
+        return math.prod(spec.shape) * (dtype if is_cast(name) else spec.dtype).itemsize
 
-    return sum(size(name) for name in checkpoint.names())
+    sizes = {name: size(name) for name in specs}
+    return LoadedSizes(
+        sum(sizes.values()),
+        max((size for name, size in sizes.items() if ".layers." in name), default=0),
+        max(
+            (spec.nbytes for name, spec in specs.items() if is_cast(name) and spec.dtype != dtype), default=0
+        ),
+    )
 
 
 def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
@@ -309,15 +376,19 @@ def _module_bytes(checkpoint: Checkpoint, name: str, module: nn.Module) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
-def _load_quantized(checkpoint: Checkpoint, name: str, module: QuantizedLinear, device: torch.device) -> None:
+def _load_quantized(
+    checkpoint: Checkpoint,
+    name: str,
+    module: QuantizedLinear,
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> None:
     try:
-        module.load_stored({key: checkpoint.load(f"{name}.{key}") for key in module.stored()}, device)
+        module.load_stored({key: tensors[f"{name}.{key}"] for key in module.stored()}, device)
+        module.prepare()
     except IntegrityError as error:
         raise IntegrityError(f"{name} in {checkpoint.directory}: {error.message}", error.hint) from error
 
 
-def _dense_parameter(
-    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype | None
-) -> nn.Parameter:
-    tensor = checkpoint.load(name)
+def _parameter(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype), requires_grad=False)

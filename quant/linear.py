@@ -30,6 +30,12 @@ class QuantizedLinear(nn.Module, ABC):
             IntegrityError: a tensor's dtype or content contradicts the scheme or the layer's shape.
         """
 
+    def prepare(self) -> None:
+        """Rearrange the weight, once it is loaded, for the kernels of its device, in place of what was stored.
+
+        Kernels may round activations; a layer that was not prepared computes with them as they are.
+        """
+
     @abstractmethod
     def dense_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the dequantized weight, (stop − start, in_features) float32."""

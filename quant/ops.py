@@ -13,6 +13,7 @@ sum is rounded to x's dtype. With u = 2⁻²⁴ and v the unit roundoff of x's d
 import torch
 from torch.nn.functional import pad
 
+from quant.kernels.cpu.layout import Interleaved, restored
 from quant.registry import op
 
 TILE_WEIGHTS = 1 << 21
@@ -52,6 +53,17 @@ def int8_matmul(
     return (
         _matmul_in_tiles(rows, qweight, scales, zeros, bits=8).to(x.dtype).view(*x.shape[:-1], len(qweight))
     )
+
+
+@op(cpu="quant.kernels.cpu.matmul:interleaved_matmul")
+def interleaved_matmul(x: torch.Tensor, weight: Interleaved) -> torch.Tensor:
+    """`int4_matmul` or `int8_matmul` of a weight whose words lie as the CPU's kernels read them.
+
+    x: (..., in_features), any float dtype. Returns (..., out_features) in x's dtype. The kernel rounds x, to 8 bits
+    where the weight has 4 and to 16 where it has 8.
+    """
+    matmul = int4_matmul if weight.bits == 4 else int8_matmul
+    return matmul.reference(x, *restored(weight))
 
 
 def dequantize(

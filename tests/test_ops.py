@@ -11,6 +11,7 @@ import mistralcli.ops
 import quant.ops
 from mistralcli.cache import Ring, Seen
 from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
+from quant.kernels.cpu.layout import interleave
 from quant.registry import Op, all_ops, op
 
 
@@ -99,6 +100,13 @@ def matmul_cases(bits: int) -> list[tuple[Any, ...]]:
     return cases
 
 
+def whole_numbers(x: torch.Tensor) -> torch.Tensor:
+    """Activations of about the same size that rounding to 8 bits leaves as they are: k / 64, up to 127 / 64."""
+    whole = (x.float() * 32).round().clamp(-127, 127)
+    whole[:, ::32] = 127
+    return (whole / 64).to(x.dtype)
+
+
 CASES = {
     "mistralcli.ops:rms_norm": [
         (randn(3, 5, dim).to(dtype), randn(dim, seed=1).to(dtype), 1e-5)
@@ -121,6 +129,11 @@ CASES = {
     ],
     "quant.ops:int4_matmul": matmul_cases(4),
     "quant.ops:int8_matmul": matmul_cases(8),
+    "quant.ops:interleaved_matmul": [
+        (whole_numbers(x), interleave(*stored, x.shape[-1], bits))
+        for bits in (4, 8)
+        for x, *stored in matmul_cases(bits)
+    ],
     "mistralcli.ops:attention": [
         attention_case(n_heads, n_kv_heads, n_tokens, start, window, dtype)
         for n_heads, n_kv_heads in ((4, 4), (6, 2), (3, 1))

@@ -84,6 +84,7 @@ def quantized_in_memory(source: Path, scheme: Scheme) -> Transformer:
             fitting = chosen.for_in_features(in_features)
             linear = fitting.linear(in_features, out_features)
             linear.load_stored(fitting.quantize(weight.bfloat16(), torch.bfloat16), CPU)
+            linear.prepare()
             model.set_submodule(name, linear)
     return model
 

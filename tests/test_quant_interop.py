@@ -43,6 +43,12 @@ SHAPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _activations_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tools do not round them, as the CPU's kernels do: what is compared here is what a file means."""
+    monkeypatch.setenv("MISTRAL_CLI_KERNELS", "reference")
+
+
 def layers(directory: Path, model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear, QuantizedLinear]]:
     """The quantized layers of a checkpoint: name, the place in transformers' dense model, our layer."""
     config = json.loads((directory / "config.json").read_text())

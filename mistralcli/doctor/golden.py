@@ -83,13 +83,17 @@ def examine_demo(directory: Path) -> Iterator[Finding]:
 
 
 def _examine_device(name: str, directory: Path, golden: Golden, device: "torch.device") -> Iterator[Finding]:
-    from mistralcli.doctor.cases import LOGIT_BOUND
+    from mistralcli.doctor.cases import LOGIT_BOUND, ROUNDED_LOGIT_BOUND
     from mistralcli.session import SessionOptions, open_session
+    from quant.schemes.affine import AffineLinear
 
     with _from_the_package():
         engine = open_session(directory, SessionOptions(device=str(device))).engine
     choices = replay(engine, golden)
-    yield judge(name, golden, choices, LOGIT_BOUND[engine.model.dtype])
+    linears = (module for module in engine.model.modules() if isinstance(module, AffineLinear))
+    rounds = any(linear.interleaved is not None for linear in linears)
+    bound = ROUNDED_LOGIT_BOUND if rounds else LOGIT_BOUND[engine.model.dtype]
+    yield judge(name, golden, choices, bound)
 
 
 def replay(engine: "Engine", golden: Golden) -> list[int]:

@@ -3,15 +3,17 @@
 Stored in compressed-tensors' `pack-quantized` format: docs/format.md has the tensors and their bytes.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from quant.errors import IntegrityError, MistralError
+from quant.kernels.cpu.layout import Interleaved, interleave, restored
 from quant.linear import QuantizedLinear
 from quant.methods.rtn import round_to_nearest
-from quant.ops import dequantize, int4_matmul, int8_matmul
+from quant.ops import dequantize, int4_matmul, int8_matmul, interleaved_matmul
 from quant.packing import pack_codes, pack_zeros, unpack_zeros, words
 from quant.tensors import TensorSpec
 from quant.tiles import map_tiles
@@ -106,15 +108,23 @@ class Affine:
 
 
 class AffineLinear(QuantizedLinear):
-    """Keeps the packed weight as it is stored, viewed as bytes, and the zero points as int8."""
+    """Keeps the packed weight as it is stored, viewed as bytes, and the zero points as int8.
+
+    Prepared on the CPU it has `interleaved` instead, and the other three are None.
+    """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    interleaved: Interleaved | None
 
     def __init__(self, scheme: Affine, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.scheme = scheme
+        self._forget_stored()
+        self.interleaved = None
+
+    def _forget_stored(self) -> None:
         for name in ("qweight", "scales", "zeros"):
             self.register_buffer(name, None, persistent=False)
 
@@ -129,6 +139,17 @@ class AffineLinear(QuantizedLinear):
         if not self.scheme.symmetric:
             zeros = unpack_zeros(tensors["weight_zero_point"], self.scheme.bits, self.out_features)
             self.zeros = zeros.to(device)
+        self.interleaved = None
+
+    def prepare(self) -> None:
+        """On the CPU, take the layout of its kernels; not where the weight is of a shape that they do not know."""
+        if self.qweight.device.type != "cpu" or os.environ.get("MISTRAL_CLI_KERNELS") == "reference":
+            return
+        self.interleaved = interleave(
+            self.qweight, self.scales, self.zeros, self.in_features, self.scheme.bits
+        )
+        if self.interleaved is not None:
+            self._forget_stored()
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         shape, expected = tensors["weight_shape"].tolist(), [self.out_features, self.in_features]
@@ -139,10 +160,16 @@ class AffineLinear(QuantizedLinear):
                 raise IntegrityError(f"{suffix} is stored as {tensors[suffix].dtype}, not as torch.int32")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.interleaved is not None:
+            return interleaved_matmul(x, self.interleaved)
         y: torch.Tensor = _MATMULS[self.scheme.bits](x, self.qweight, self.scales, self.zeros)
         return y
 
     def dense_rows(self, start: int, stop: int) -> torch.Tensor:
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        rows = slice(start, stop)
-        return dequantize(self.qweight[rows], self.scales[rows], zeros, self.in_features, self.scheme.bits)
+        if self.interleaved is not None:
+            qweight, scales, zeros = restored(self.interleaved, start, stop)
+        else:
+            rows = slice(start, stop)
+            qweight, scales = self.qweight[rows], self.scales[rows]
+            zeros = None if self.zeros is None else self.zeros[rows]
+        return dequantize(qweight, scales, zeros, self.in_features, self.scheme.bits)

@@ -1,0 +1,82 @@
+"""Which vector instructions this machine has, and a cap on them.
+
+`MISTRAL_CLI_CPU=avx2` runs, and compiles, as on a machine that has no more than that; every kernel is tested so, and
+a processor that lies about itself can be helped. The choices are the names in `ISAS`.
+"""
+
+import functools
+import os
+import platform
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A set of instructions to multiply bytes with.
+
+    features: what the processor must have, in LLVM's words. lanes: 32-bit numbers in a vector. tokens: rows of
+    activations in the largest tile of a matmul. accumulators: how many vectors of sums it keeps in registers, as
+    integers and as floats. cpu: an LLVM processor with these
+    instructions and none of the better ones, to compile for under a cap; "" is the least of its architecture.
+    """
+
+    name: str
+    machines: tuple[str, ...]
+    features: tuple[str, ...]
+    lanes: int
+    tokens: int
+    accumulators: int
+    cpu: str
+
+
+_X86, _ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
+
+ISAS = (
+    Isa("avx512vnni", _X86, ("avx512vnni", "avx512bw", "avx512vl"), 16, 8, 8, "icelake-server"),
+    Isa("avxvnni", _X86, ("avxvnni", "avx2", "fma", "f16c"), 8, 4, 4, "alderlake"),
+    Isa("avx2", _X86, ("avx2", "fma", "f16c"), 8, 4, 4, "haswell"),
+    Isa("sdot", _ARM, ("dotprod",), 4, 4, 8, "neoverse-n1"),
+    Isa("plain", (), (), 4, 4, 4, ""),
+)
+"""Best first. The last is LLVM's portable vector arithmetic, for any machine."""
+
+CAP = "MISTRAL_CLI_CPU"
+
+
+def available() -> tuple[Isa, ...]:
+    """What this machine has, best first."""
+    has = llvm.get_host_cpu_features()
+    machine = platform.machine()
+    return tuple(
+        isa
+        for isa in ISAS
+        if (not isa.machines or machine in isa.machines) and all(has.get(name) for name in isa.features)
+    )
+
+
+@functools.cache
+def chosen() -> Isa:
+    """The best that the machine has, or the one that the environment asks for.
+
+    Raises:
+        ImportError: the machine does not have what the environment asks for, so the kernels cannot be used.
+    """
+    asked, here = os.environ.get(CAP), {isa.name: isa for isa in available()}
+    if not asked:
+        return next(iter(here.values()))
+    if asked not in here:
+        raise ImportError(f"{CAP}={asked} is not one of what this machine has: {', '.join(here)}")
+    return here[asked]
+
+
+def compile_for_chosen() -> None:
+    """Make numba compile for no more than what was chosen; to be called before it compiles anything.
+
+    numba's cache on disk is keyed by processor and features, so code of another machine or cap is never loaded.
+    """
+    from numba import config  # imported only here: the rest asks LLVM alone
+
+    if os.environ.get(CAP):
+        vars(config).update(CPU_NAME=chosen().cpu, CPU_FEATURES="")

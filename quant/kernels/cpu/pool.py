@@ -1,0 +1,95 @@
+"""Kernels on several threads: those of torch, so that a process has one pool.
+
+A second pool would be a second set of threads that wait by spinning: two of them on two cores halve each other's
+speed. So a kernel runs in a parallel region of the very OpenMP library that torch computes with, and its threads find
+themselves there between two operators of torch.
+
+A kernel is a C function of one argument, its job: an array of int64, addresses and sizes, whose first two entries are
+the number of the next task and the number of tasks. Whichever thread is free takes the next: a core that other work
+keeps busy holds nobody up.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+NEXT_TASK, N_TASKS, ARGUMENTS = 0, 1, 2
+"""Places in a job."""
+
+KERNEL: Any = types.void(types.CPointer(types.int64))
+
+
+@intrinsic
+def _take_task(typing: Any, job: Any) -> Any:
+    """The number of a task of a job that nobody else gets."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        return builder.atomic_rmw("add", arguments[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+take_task: Any = _take_task
+"""An intrinsic's first parameter is numba's own, which is not known to a type checker."""
+
+
+def kernel(function: Callable[..., Any]) -> int:
+    """The address of a kernel, compiled, or loaded from numba's cache on disk.
+
+    The cache is in `__pycache__` beside the function, or in the user's cache directory where that cannot be written.
+    """
+    try:
+        made = cfunc(KERNEL, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # nor can that be written
+        made = cfunc(KERNEL, error_model="numpy")(function)
+    _COMPILED.append(made)  # code lives as long as the object that made it
+    address = made.address
+    assert address is not None
+    return address
+
+
+_COMPILED: list[Any] = []
+
+
+def run(address: int, n_tasks: int, arguments: Sequence[int], n_threads: int) -> None:
+    """Run a kernel's tasks on up to `n_threads` threads, this one among them; returns when all are done."""
+    job = (ctypes.c_int64 * (ARGUMENTS + len(arguments)))(0, n_tasks, *arguments)
+    n_threads = min(n_threads, n_tasks)
+    if n_threads > 1:
+        _parallel()(address, job, n_threads)
+    elif n_tasks:
+        _C_KERNEL(address)(job)
+
+
+_C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _parallel() -> Callable[[int, Any, int], None]:
+    """Calls a kernel at an address with a job in so many threads at a time.
+
+    OpenMP's entry is `GOMP_parallel`, in GCC's library and, for compatibility, in LLVM's and Intel's. A symbol is
+    looked for in a library and in those that it was linked with, so it is found in torch's own.
+    """
+    (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.[sd][oy]*")
+    try:
+        openmp = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return _by_python_threads
+    openmp.argtypes, openmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return lambda address, job, n_threads: openmp(address, job, n_threads, 0)
+
+
+def _by_python_threads(address: int, job: Any, n_threads: int) -> None:
+    """The same where torch has no OpenMP; a C function called from Python runs without the interpreter's lock."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(n_threads):
+            pool.submit(_C_KERNEL(address), job)

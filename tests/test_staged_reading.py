@@ -1,0 +1,153 @@
+"""Tensors read through staging buffers are those of the file, whatever the buffers' sizes; a damaged file is named.
+
+Here the device is the CPU and the buffers are pageable; on a GPU the same code has pinned ones.
+"""
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import SMALL, random_checkpoint
+from safetensors.torch import load_file, save_file
+from test_quant_checkpoint import SHAPE, build
+from test_weights import as_mistral_layout
+
+from mistralcli import staged_reading, weights
+from mistralcli.errors import IntegrityError
+from mistralcli.model import Transformer
+from mistralcli.staged_reading import TensorPlace, data_offsets, read_to_device
+from mistralcli.weights import load_model
+from quant.linear import QuantizedLinear
+from quant.scheme import Scheme
+from quant.schemes.affine import Affine
+from quant.schemes.float4 import Float4
+from quant.schemes.llm_int8 import LlmInt8
+from quant.tensors import TensorSpec
+
+CPU = torch.device("cpu")
+
+
+def places(path: Path) -> list[TensorPlace]:
+    offsets = data_offsets(path)
+    return [
+        TensorPlace(name, path, offsets[name], TensorSpec(tuple(tensor.shape), tensor.dtype))
+        for name, tensor in load_file(path).items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tensors of many types and sizes: empty, a scalar, odd lengths."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(7, dtype=torch.uint8),
+        "odd": torch.randint(0, 256, (1_023,), generator=generator, dtype=torch.uint8),
+        "words": torch.randint(-(2**31), 2**31 - 1, (37, 5), generator=generator, dtype=torch.int32),
+        "dense": torch.randn(33, 17, generator=generator).bfloat16(),
+        "wide": torch.randn(3, 2, generator=generator, dtype=torch.float64),
+    }
+    path = tmp_path_factory.mktemp("mixed") / "mixed.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_buffers=st.integers(1, 5), buffer_bytes=st.integers(1, 3_000), order=st.randoms())
+def test_any_number_and_size_of_buffers_gives_the_files_tensors_in_any_order(
+    mixed_file: Path, n_buffers: int, buffer_bytes: int, order: random.Random
+) -> None:
+    wanted = places(mixed_file) * 2
+    order.shuffle(wanted)
+    expected = load_file(mixed_file)
+    found = list(read_to_device(wanted, CPU, n_buffers=n_buffers, buffer_bytes=max(buffer_bytes, 16)))
+    for place, tensor in zip(wanted, found, strict=True):
+        assert tensor.dtype == expected[place.name].dtype
+        assert torch.equal(tensor, expected[place.name]), place.name
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_named_with_the_tensor(
+    mixed_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(mixed_file.read_bytes())
+    wanted = places(path)
+    last = max(wanted, key=lambda place: place.start + place.spec.nbytes)
+    os.truncate(path, last.start + last.spec.nbytes - 1)
+    with pytest.raises(IntegrityError, match=rf"short\.safetensors .* tensor {last.name}: it ends at byte"):
+        list(read_to_device(wanted, CPU))
+
+
+def test_a_file_that_vanishes_is_named(mixed_file: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone.safetensors"
+    wanted = [TensorPlace("odd", gone, 0, TensorSpec((4,), torch.uint8))]
+    with pytest.raises(IntegrityError, match=r"gone\.safetensors cannot be read for tensor odd"):
+        list(read_to_device(wanted, CPU))
+
+
+def test_closing_it_early_ends_its_threads(mixed_file: Path) -> None:
+    tensors = read_to_device(places(mixed_file) * 50, CPU, n_buffers=2, buffer_bytes=64)
+    next(tensors)
+    tensors.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read weights")]
+
+
+def test_where_no_memory_can_be_pinned_the_copy_is_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refuse(*size: int, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert len(staged_reading._host_memory(64, torch.device("cuda"))) == 64
+
+
+def staged_model(directory: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Transformer:
+    """The model as a GPU would get it, on the CPU."""
+    monkeypatch.setattr(weights, "_mapped", weights._staged)
+    return load_model(directory, device=CPU, dtype=dtype)
+
+
+def state(model: Transformer) -> dict[str, torch.Tensor]:
+    """All weights, the quantized ones as they compute."""
+    quantized = {
+        name: module.dense_rows(0, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    return dict(model.named_parameters()) | quantized
+
+
+def assert_same_model(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = state(load_model(directory, device=CPU, dtype=torch.float32))
+    staged = state(staged_model(directory, monkeypatch, torch.float32))
+    assert mapped.keys() == staged.keys() and len(mapped) > 3 * SMALL["num_hidden_layers"]
+    for name, tensor in mapped.items():
+        assert tensor.dtype == staged[name].dtype and torch.equal(tensor, staged[name]), name
+
+
+def test_a_dense_model_is_the_same_mapped_and_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_checkpoint(tmp_path / "hf", dtype="bfloat16")
+    as_mistral_layout(tmp_path / "hf", tmp_path / "own")
+    assert_same_model(tmp_path / "hf", monkeypatch)
+    assert_same_model(tmp_path / "own", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Affine(4, 32), Affine(4, 64, False), Affine(8), Float4(), LlmInt8()],
+    ids=lambda scheme: scheme.name,
+)
+def test_a_build_is_the_same_mapped_and_staged(
+    scheme: Scheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_checkpoint(tmp_path / "source", dtype="bfloat16", **SHAPE)
+    build(tmp_path / "source", tmp_path / "build", scheme)
+    assert_same_model(tmp_path / "build", monkeypatch)

@@ -1,6 +1,6 @@
 """Decode speed of a 7B model with random weights on this machine's GPU,.
 
-    python benchmarks/gpu_decode.py [--quick]
+    python benchmarks/gpu_decode.py [--quick] [--seqs 1,8,16]
 
 One run: the bandwidth of a plain read, then whole steps, greedy sampling included, at several positions and numbers of
 sequences, then the matmuls alone by torch's int4 kernel. Each figure is the median of repeats; percentages are of the
@@ -163,6 +163,7 @@ def tinygemm_s(config: ModelConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="batch 1 alone")
+    parser.add_argument("--seqs", help="these numbers of sequences alone, in a short context")
     options = parser.parse_args()
     read = read_bandwidth()
     print(
@@ -172,6 +173,10 @@ def main() -> None:
     int4, int8 = Affine(4, 128), Affine(8)
     short = replace(MISTRAL_7B, max_seq_len=8448)
     windowed = replace(MISTRAL_7B, sliding_windows=(4096,) * 32)
+    if options.seqs:
+        for n_seqs in map(int, options.seqs.split(",")):
+            decode(replace(short, max_seq_len=512), int4, int4, n_seqs, [64], read)
+        return
     decode(short, int4, int4, 1, [64, 8192], read)
     decode(short, int4, int8, 1, [64], read)
     decode(windowed, int4, int4, 1, [64, 4096, 32000], read)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.kernels.activations import Activations, Rounding, packed
-from quant.kernels.blockings import TABLE, Blocking, key_of, read_table, write_table
+from quant.kernels.activations import TENSOR_CORE_ROWS, Activations, Rounding, packed
+from quant.kernels.blockings import TABLE, Blocking, Kernel, key_of, read_table, write_table
 from quant.kernels.matmul import ROUNDINGS
 from quant.kernels.matvec import Epilogue, Weight, matvec
+from quant.kernels.tiles import TILE_WORDS
 
 SHAPES = {
     "7b": {"dim": 4096, "hidden_dim": 14336, "q": 4096, "kv": 1024, "vocab_size": 32768},
@@ -53,21 +54,24 @@ def tasks(shape: dict[str, int]) -> list[Task]:
 
 
 class Chain:
-    """The matmuls of some layers with random weights, and a head."""
+    """The matmuls of some layers with random weights, and a head; or one of these alone."""
 
-    def __init__(self, shape: dict[str, int], bits: int, n_rows: int, n_layers: int) -> None:
-        self.tasks = tasks(shape)
+    def __init__(
+        self, shape: dict[str, int], bits: int, n_rows: int, n_layers: int, only: str | None = None
+    ) -> None:
+        self.tasks = [task for task in tasks(shape) if only in (None, task.place)]
         rounding = ROUNDINGS[bits]
         self.weights = {
             task.place: [random_weight(task, bits) for _ in range(1 if task.place == "head" else n_layers)]
             for task in self.tasks
         }
         self.inputs = {
-            size: ready(n_rows, size, bits, rounding) for size in {t.in_features for t in self.tasks}
+            size: ready(n_rows, size, bits, rounding) for size in {t.in_features for t in tasks(shape)}
         }
         self.outputs = {
             task.place: torch.zeros(n_rows, task.out_features, device="cuda") for task in self.tasks
         }
+        self.kernel: Kernel = "tiles" if self.inputs[shape["dim"]].rounding == "bfloat16" else "matvec"
         self.norm_weight = torch.ones(shape["dim"], device="cuda")
         self.counters = torch.zeros(shape["hidden_dim"] // 32, dtype=torch.int32, device="cuda")
         self.n_layers = n_layers
@@ -130,10 +134,28 @@ def graph_us(run: Callable[[], None], repeats: int = 9) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
+    return float(sorted(times)[repeats // 2])
 
 
 def candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
+    """What is tried of the kernel that is used for so many rows."""
+    return (tile_candidates if n_rows >= TENSOR_CORE_ROWS else matvec_candidates)(task, bits, n_rows)
+
+
+def tile_candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
+    """Blockings of `quant.kernels.tiles` that divide the weight, and whose registers are enough for eight warps."""
+    n_tiles = task.in_features * bits // 32 // TILE_WORDS
+    gated = 2 if task.epilogue == "swiglu_and_pack" else 1
+    for outputs in (16 // gated, 32 // gated, 64 // gated):
+        for warps in (2, 4, 8, 16):
+            for depth in (1, 2, 3, 4):
+                words_and_sums = outputs * gated // 16 * (8 * (depth + 1) + (4 if n_rows <= 8 else 8))
+                fits = outputs <= 32 and words_and_sums <= (64 if warps == 16 else 96)
+                if n_tiles % (warps * depth) == 0 and fits:
+                    yield Blocking(outputs, warps * depth * TILE_WORDS, warps)
+
+
+def matvec_candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
     """Blockings whose tiles divide the weight and give a thread 16 bytes or more of it, and not too many registers."""
     n_words = task.in_features * bits // 32
     gated = 2 if task.epilogue == "swiglu_and_pack" else 1
@@ -180,6 +202,9 @@ def tune(shape: str, bits: int, n_rows: int) -> dict[str, Blocking]:
             except Exception:  # noqa: BLE001  as in compile_one
                 continue
         timed.sort(key=lambda entry: entry[0])
+        for us, blocking in timed[:3]:
+            rate = chain.weights[task.place][0].size_bytes / us / 1e3
+            print(f"  {task.place} alone: {us:.1f} µs, {rate:.0f} GB/s, {blocking}", flush=True)
         ranked[task.place] = [blocking for _, blocking in timed[:N_BEST]]
     best = {place: found[0] for place, found in ranked.items()}
     best_us = first_us = chain.time_us(best)
@@ -195,7 +220,9 @@ def tune(shape: str, bits: int, n_rows: int) -> dict[str, Blocking]:
         f"{n_bytes / best_us / 1e3:.0f} GB/s; {best}",
         flush=True,
     )
-    return {key_of(chain.weights[task.place][0], n_rows): best[task.place] for task in chain.tasks}
+    return {
+        key_of(chain.weights[task.place][0], n_rows, chain.kernel): best[task.place] for task in chain.tasks
+    }
 
 
 def main() -> None:

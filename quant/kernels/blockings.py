@@ -1,21 +1,29 @@
 """How the matmuls for few rows are cut into programs: a table made by benchmarks/tune.py, and a rule for the rest.
 
-The table, blockings.json, maps a compute capability ("9.0") and a key (bits, rows, sizes) to outputs of a program,
-words of a tile and warps. Nothing is tuned while the program runs.
+The table, blockings.json, maps a compute capability ("9.0") and a key (kernel, bits, rows, sizes) to outputs of a
+program, words of a tile and warps. Nothing is tuned while the program runs.
 """
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 TABLE = Path(__file__).with_name("blockings.json")
 
 
+Kernel = Literal["matvec", "tiles"]
+"""Which kernel: that of `quant.kernels.matvec` or that of `quant.kernels.tiles`."""
+
+
 @dataclass(frozen=True)
 class Blocking:
-    """How a matmul is cut: outputs of a program, words of a tile, and warps."""
+    """How a matmul is cut: outputs of a program, words of a row that it reads at once, and warps.
+
+    For "tiles" the words are 16 for each warp, times the tiles that a warp has on their way; of a row's words they are
+    a divisor if they can. Outputs are 8 (with a gate), 16 or 32.
+    """
 
     outputs: int
     words: int
@@ -33,16 +41,29 @@ class Sizes(Protocol):
     def out_features(self) -> int: ...
 
 
-def key_of(weight: Sizes, n_rows: int) -> str:
+def key_of(weight: Sizes, n_rows: int, kernel: Kernel = "matvec") -> str:
     """The table's key; rows count as the next power of two, as in the kernel."""
     rows = 1 << (n_rows - 1).bit_length()
+    if kernel == "tiles":
+        return f"tiles int{weight.bits} {max(rows, 8)} rows {weight.out_features}x{weight.in_features}"
     return f"int{weight.bits} {rows} rows {weight.out_features}x{weight.in_features}"
 
 
-def blocking_for(weight: Sizes, n_rows: int, capability: tuple[int, int]) -> Blocking:
+def blocking_for(
+    weight: Sizes, n_rows: int, capability: tuple[int, int], kernel: Kernel = "matvec"
+) -> Blocking:
     """The tuned blocking where there is one for the sizes, else what does well without."""
-    found = _tuned("{}.{}".format(*capability)).get(key_of(weight, n_rows))
-    return found or _default(weight, n_rows)
+    found = _tuned("{}.{}".format(*capability)).get(key_of(weight, n_rows, kernel))
+    return found or (_default_tiles(weight) if kernel == "tiles" else _default(weight, n_rows))
+
+
+def _default_tiles(weight: Sizes) -> Blocking:
+    n_words = weight.in_features * weight.bits // 32
+    warps = 8 if weight.out_features <= 8192 else 4
+    while warps > 1 and n_words % (16 * warps):
+        warps //= 2
+    depth = 2 if n_words % (32 * warps) == 0 else 1
+    return Blocking(16, 16 * warps * depth, warps)
 
 
 def _default(weight: Sizes, n_rows: int) -> Blocking:

@@ -8,9 +8,13 @@ import triton.language as tl
 from quant import ops
 from quant.kernels.activations import Rounding, packed
 from quant.kernels.matvec import MOST_ROWS, Weight, matvec
+from quant.kernels.ptx import dequantize_int4
 
 TILE_BYTES = 128 << 20
 """The most that is dequantized at once: a gate or a head of a 7B model whole."""
+
+WORDS = 1024
+"""Of the weight, that a program dequantizes."""
 
 ROUNDINGS: dict[int, Rounding] = {4: "int8", 8: "half", 16: "plain"}
 """How activations are rounded for few rows, by the bits of the weight (16: dense): to int8 only where that adds
@@ -62,21 +66,22 @@ def _matmul_in_tiles(x: torch.Tensor, weight: Weight, y: torch.Tensor) -> None:
 
 def dequantize(weight: Weight, start: int, out: torch.Tensor) -> None:
     """Write the rows from `start` on of the dequantized weight to `out` (n_rows, in_features), rounded to its type."""
+    assert weight.words.is_contiguous() and weight.scales.is_contiguous() and out.is_contiguous()
     n_words = weight.words.shape[1]
-    rows, words = 4, min(256, triton.next_power_of_2(n_words))
-    _dequantize_kernel[(triton.cdiv(len(out), rows), triton.cdiv(n_words, words))](
+    in_pairs = weight.bits == 4 and weight.scales.dtype == out.dtype == torch.bfloat16
+    is_cuda = out.device.type == "cuda"
+    _dequantize_kernel[(triton.cdiv(len(out) * n_words, WORDS),)](
         weight.words[start:] if start else weight.words,
         weight.scales[start:] if start else weight.scales,
         weight.scales if weight.zeros is None else weight.zeros[start:],
-        out,
-        len(out),
-        n_words,
-        weight.scales.shape[1],
-        n_words // weight.scales.shape[1],
+        out.view(torch.int32) if in_pairs else out,
+        len(out) * n_words,
+        WORDS_PER_GROUP=n_words // weight.scales.shape[1],
         BITS=weight.bits,
         ASYMMETRIC=weight.zeros is not None,
-        ROWS=rows,
-        WORDS=words,
+        WORDS=WORDS,
+        IN_PAIRS=in_pairs,
+        PTX=is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(out.device) >= (8, 0),
         num_warps=4,
     )
 
@@ -87,30 +92,34 @@ def _dequantize_kernel(
     scales,
     zeros,
     out,
-    n_rows,
     n_words,
-    n_groups,
-    words_per_group,
+    WORDS_PER_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    PER_WORD: tl.constexpr = 32 // BITS
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    word = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
-    mask = (row < n_rows) & (word < n_words)
-    q = tl.load(qweight + row * n_words + word, mask=mask, other=0)
-    at = row * n_groups + word // words_per_group
-    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.full([ROWS, WORDS], 1 << (BITS - 1), tl.int32)
+    """All rows as one: a group is WORDS_PER_GROUP of the `n_words` in all, and rows are whole groups.
+
+    IN_PAIRS: out holds words of two bfloat16, as the scales are, and there is no arithmetic in float32.
+    """
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    word = first + tl.arange(0, WORDS)
+    mask = word < n_words
+    # A thread takes single words, so that it writes what lies beside what its neighbours write.
+    q = tl.load(qweight + tl.max_contiguous(word, [1]), mask=mask, other=0)
+    group = word.to(tl.int32) // WORDS_PER_GROUP
+    scale = tl.load(scales + group, mask=mask, other=0.0)
+    zero = tl.full([WORDS], 1 << (BITS - 1), tl.float32)
     if ASYMMETRIC:
-        zero += tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
-    shift = tl.arange(0, PER_WORD)[None, None, :] * BITS
-    codes = (q[:, :, None] >> shift) & ((1 << BITS) - 1)
-    w = (codes - zero[:, :, None]).to(tl.float32) * scale[:, :, None]
-    w = tl.reshape(w, [ROWS, WORDS * PER_WORD]).to(out.dtype.element_ty)
-    column = (tl.program_id(1) * WORDS * PER_WORD + tl.arange(0, WORDS * PER_WORD))[None, :]
-    tl.store(
-        out + row * (n_words * PER_WORD) + column, w, mask=(row < n_rows) & (column < n_words * PER_WORD)
-    )
+        zero += tl.load(zeros + group, mask=mask, other=0).to(tl.float32)
+    PARTS: tl.constexpr = 4 if IN_PAIRS else 32 // BITS
+    if IN_PAIRS:
+        pair0, pair1, pair2, pair3 = dequantize_int4(q, scale, zero, PTX)
+        w = tl.join(tl.join(pair0, pair2), tl.join(pair1, pair3))
+    else:
+        codes = (q[:, None] >> (tl.arange(0, PARTS)[None, :] * BITS)) & ((1 << BITS) - 1)
+        w = ((codes.to(tl.float32) - zero[:, None]) * scale.to(tl.float32)[:, None]).to(out.dtype.element_ty)
+    at = first * PARTS + tl.arange(0, WORDS * PARTS)
+    tl.store(out + at, tl.reshape(w, [WORDS * PARTS]), mask=at < n_words.to(tl.int64) * PARTS)

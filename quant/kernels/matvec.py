@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from quant.kernels.activations import BLOCK, Activations, pack, quad_columns
-from quant.kernels.blockings import Blocking, blocking_for
+from quant.kernels.activations import BLOCK, Activations, quad_columns
+from quant.kernels.blockings import Blocking, Kernel, blocking_for
+from quant.kernels.epilogue import before_sum, finish, gated, root_mean_square, squares_of
 from quant.kernels.ptx import dot_int4_half, dot_int4_int8, dot_int8_half, dot_int8_int8
+from quant.kernels.tiles import TILE_WORDS, tile_kernel
 
 MOST_ROWS = 16
 
@@ -76,10 +78,10 @@ class Weight:
         return self.words.nbytes + quantized + (0 if self.zeros is None else self.zeros.nbytes)
 
 
-def _blocking(weight: Weight, n_rows: int) -> Blocking:
+def _blocking(weight: Weight, n_rows: int, kernel: Kernel) -> Blocking:
     if _INTERPRETED:
-        return Blocking(BLOCK, 64, 1)  # few programs
-    return blocking_for(weight, n_rows, torch.cuda.get_device_capability(weight.words.device))
+        return Blocking(BLOCK, 64 if kernel == "matvec" else 2 * TILE_WORDS, 1)  # few programs
+    return blocking_for(weight, n_rows, torch.cuda.get_device_capability(weight.words.device), kernel)
 
 
 def matvec(
@@ -94,7 +96,7 @@ def matvec(
     blocking: Blocking | None = None,
     pdl: bool = False,
 ) -> None:
-    """`y = x wᵀ` and the epilogue, in one launch.
+    """`y = x wᵀ` and the epilogue, in one launch; on tensor cores where the activations are bfloat16.
 
     y: (n_rows, out_features), half of the weight's for SwiGLU; float32 but for "store", where any float type does.
     norm_weight: of the norm behind "add_and_pack". next_x: what the packing fills. counters: out_features / BLOCK
@@ -102,16 +104,17 @@ def matvec(
     capability 9.0).
     """
     n_rows, out_features = y.shape
-    blocking = blocking or _blocking(weight, n_rows)
-    n_words = weight.words.shape[1]
+    kernel: Kernel = "tiles" if x.rounding == "bfloat16" else "matvec"
+    blocking = blocking or _blocking(weight, n_rows, kernel)
     n_sums = 0 if x.square_sums is None else x.square_sums.shape[1]
     filled = next_x or x
     placeholder = x.scales
-    matvec_kernel[(triton.cdiv(out_features, blocking.outputs),)](
-        x.data,
+    variant = _tile_constants if kernel == "tiles" else _matvec_constants
+    (tile_kernel if kernel == "tiles" else matvec_kernel)[(triton.cdiv(out_features, blocking.outputs),)](
+        x.elements if kernel == "tiles" else x.data,
         x.scales,
         placeholder if x.square_sums is None else x.square_sums,
-        weight.words,
+        weight.words.view(torch.int16) if kernel == "tiles" else weight.words,
         weight.scales,
         placeholder if weight.zeros is None else weight.zeros,
         y,
@@ -122,29 +125,51 @@ def matvec(
         placeholder if counters is None else counters,
         n_rows,
         out_features,
-        n_words,
+        weight.words.shape[1],
         weight.scales.shape[1],
         0 if weight.bits == 16 else weight.group_size // quad_columns(weight.bits),
         n_sums,
         x.eps,
         BITS=weight.bits,
-        ROUNDING=x.rounding,
         ASYMMETRIC=weight.zeros is not None,
-        PER_CHANNEL=weight.bits != 16 and weight.scales.shape[1] == 1,
         EPILOGUE=epilogue,
         NEXT_BITS=filled.bits,
         NEXT_ROUNDING=filled.rounding,
         N_SUMS=triton.next_power_of_2(n_sums) if n_sums else 0,
-        ROWS=triton.next_power_of_2(n_rows),
         BLOCK_OUT=blocking.outputs,
-        BLOCK_WORDS=blocking.words,
-        N_TILES=triton.cdiv(n_words, blocking.words),
-        EVEN=n_words % blocking.words == 0,
         PTX=not _INTERPRETED,
         PDL=pdl,
         num_warps=blocking.warps,
+        **variant(x, weight, n_rows, blocking),
         **({"launch_pdl": True} if pdl else {}),
     )
+
+
+def _matvec_constants(x: Activations, weight: Weight, n_rows: int, blocking: Blocking) -> dict[str, object]:
+    """What `matvec_kernel` is compiled for, beyond what both kernels are."""
+    n_words = weight.words.shape[1]
+    return {
+        "ROUNDING": x.rounding,
+        "PER_CHANNEL": weight.bits != 16 and weight.scales.shape[1] == 1,
+        "ROWS": triton.next_power_of_2(n_rows),
+        "BLOCK_WORDS": blocking.words,
+        "N_TILES": triton.cdiv(n_words, blocking.words),
+        "EVEN": n_words % blocking.words == 0,
+    }
+
+
+def _tile_constants(x: Activations, weight: Weight, n_rows: int, blocking: Blocking) -> dict[str, object]:
+    """The same for `tile_kernel`."""
+    n_words, at_once = weight.words.shape[1], blocking.warps * TILE_WORDS
+    is_wide = weight.group_size % (TILE_WORDS // 4 * quad_columns(weight.bits)) == 0
+    return {
+        "GROUPS": "channel" if weight.scales.shape[1] == 1 else "wide" if is_wide else "narrow",
+        "ROWS": 8 if n_rows <= 8 else 16,
+        "N_TILES": triton.cdiv(n_words, at_once),
+        "DEPTH": blocking.words // at_once,
+        "EVEN": n_words % blocking.words == 0,
+        "WARPS": blocking.warps,
+    }
 
 
 @triton.jit
@@ -166,25 +191,6 @@ def _quad_sums(q, x, plane, mask, BITS: tl.constexpr, ROUNDING: tl.constexpr, PT
             by_word = dot_int8_int8(q, x0, PTX)
     quads = tl.reshape(by_word, [by_word.shape[0], by_word.shape[1], by_word.shape[2] // 4, 4])
     return tl.sum(quads, axis=3).to(tl.float32)
-
-
-@triton.jit
-def _root_mean_square(sums, row, n_rows, n_sums, eps, N_SUMS: tl.constexpr):
-    """The divisor of each row's RMSNorm from the sums of squares by blocks: (ROWS,)."""
-    block = tl.arange(0, N_SUMS)
-    mask = (row < n_rows)[:, None] & (block < n_sums)[None, :]
-    squares = tl.load(sums + row[:, None] * n_sums + block[None, :], mask=mask, other=0.0)
-    return tl.sqrt(tl.sum(squares, axis=1) / (n_sums * 32) + eps)
-
-
-@triton.jit
-def _is_last(counter, n_programs):
-    """Whether this program is the last of n_programs to come here; then what they all wrote can be read."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == n_programs - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit(do_not_specialize_on_alignment=["x_scales", "scales", "zeros"])
@@ -251,8 +257,9 @@ def matvec_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if N_SUMS:  # loaded before the loop, whose length hides how long that takes; as is what y already holds
-        divisor = _root_mean_square(sums, tl.arange(0, ROWS), n_rows, n_sums, eps, N_SUMS)[None, :]
-    before = _before(y, n_rows, out_features, EPILOGUE, ROWS, BLOCK_OUT)
+        squares = squares_of(sums, tl.arange(0, ROWS), n_rows, n_sums, N_SUMS)
+        divisor = root_mean_square(squares, n_sums, eps)[None, :]
+    before = before_sum(y, n_rows, out_features, EPILOGUE, ROWS, BLOCK_OUT)
     acc = tl.zeros([OUTS, ROWS, BLOCK_WORDS if BITS == 16 else QUADS], tl.float32)
     for t in tl.static_range(N_TILES):
         if t + 1 < N_TILES:  # the next tile is under way while this one is multiplied
@@ -290,99 +297,8 @@ def matvec_kernel(
         total *= tl.load(scales + stored_row, mask=out < out_features, other=0.0).to(tl.float32)[:, None]
     if N_SUMS:
         total /= divisor
-    _finish(total, before, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
-            EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip
-
-
-@triton.jit
-def _before(y, n_rows, out_features, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """What the product is added to, (BLOCK_OUT, ROWS) float32."""
-    if EPILOGUE == "add" or EPILOGUE == "add_and_pack":
-        at, mask = _outputs(y, n_rows, out_features, ROWS, BLOCK_OUT)
-        before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        before = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
-    return before
-
-
-@triton.jit
-def _outputs(y, n_rows, out_features, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Where this program's outputs are stored, (BLOCK_OUT, ROWS), and which of them there are."""
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = tl.arange(0, ROWS)
-    mask = (out < out_features)[:, None] & (row < n_rows)[None, :]
-    return y + row[None, :] * out_features + out[:, None], mask
-
-
-@triton.jit
-def _finish(
-    total,
-    before,
-    y,
-    norm_weight,
-    next_x,
-    next_scales,
-    next_sums,
-    counters,
-    n_rows,
-    out_features,
-    EPILOGUE: tl.constexpr,
-    NEXT_BITS: tl.constexpr,
-    NEXT_ROUNDING: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """The epilogue. 32 columns are packed by the program that has them, or by the last of those that share them."""
-    PACKS: tl.constexpr = EPILOGUE == "add_and_pack" or EPILOGUE == "swiglu_and_pack"
-    NORM: tl.constexpr = EPILOGUE == "add_and_pack"
-    if EPILOGUE == "swiglu_and_pack":
+    if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [BLOCK_OUT, 2, ROWS]), [0, 2, 1]))
-        total = gate / (1 + tl.exp(-gate)) * up
-    total += before
-    if EPILOGUE != "swiglu_and_pack" or BLOCK_OUT < 32:
-        at, mask = _outputs(y, n_rows, out_features, ROWS, BLOCK_OUT)
-        tl.store(at, total.to(y.dtype.element_ty), mask=mask)
-    if PACKS:
-        block = tl.program_id(0) * BLOCK_OUT // 32
-        if BLOCK_OUT == 32:
-            _pack_block(tl.trans(total), block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
-                        NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
-        else:
-            if _is_last(counters + block, 32 // BLOCK_OUT):
-                values = _read_block(block, y, n_rows, out_features, ROWS)
-                _pack_block(values, block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
-                            NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
-
-
-@triton.jit
-def _read_block(block, y, n_rows, out_features, ROWS: tl.constexpr):
-    """32 columns of y, (ROWS, 32), which other programs wrote, hence past the first-level cache."""
-    row = tl.arange(0, ROWS)[:, None]
-    at = y + row * out_features + block * 32 + tl.arange(0, 32)[None, :]
-    return tl.load(at, mask=row < n_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
-
-
-@triton.jit
-def _pack_block(
-    values,
-    block,
-    norm_weight,
-    next_x,
-    next_scales,
-    next_sums,
-    n_rows,
-    out_features,
-    NORM: tl.constexpr,
-    NEXT_BITS: tl.constexpr,
-    NEXT_ROUNDING: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Pack 32 columns, (ROWS, 32), for the next product."""
-    row = tl.arange(0, ROWS)
-    mask = row < n_rows
-    if NORM:
-        squares = tl.sum(values * values, axis=1)
-        tl.store(next_sums + row * (out_features // 32) + block, squares, mask=mask)
-        values *= tl.load(norm_weight + block * 32 + tl.arange(0, 32)).to(tl.float32)[None, :]
-    pack(values, row, mask, block * 32 + tl.zeros([ROWS], tl.int32), next_x, next_scales, out_features,
-         NEXT_BITS, NEXT_ROUNDING, ROWS, 32)  # fmt: skip
+        total = gated(gate, up)
+    finish(total, before, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
+           EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip

@@ -156,6 +156,167 @@ def dot_int8_half(q, x0, x1, PTX: tl.constexpr):
 
 
 @triton.jit
+def unpack_int4(q, PLANE: tl.constexpr, PTX: tl.constexpr):
+    """The nibble PLANE of each int16, less 8: bfloat16 of q's shape by PTX, else float32.
+
+    A nibble in the low bits of a bfloat16 whose bits are 0x4300 makes it 128 + nibble.
+    """
+    SHIFT: tl.constexpr = 4 * PLANE
+    if PTX:
+        result = tl.inline_asm_elementwise(
+            f"""
+            {{
+            .reg .b32 h, one, minus136;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 minus136, 0xc308c308;
+            shr.u32 h, $1, {SHIFT};
+            lop3.b32 h, h, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, h, one, minus136;
+            }}
+            """,
+            "=r,r",
+            [q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        result = (((q >> SHIFT) & 15) - 8).to(tl.float32)
+    return result
+
+
+@triton.jit
+def unpack_int8(q, PLANE: tl.constexpr, PTX: tl.constexpr):
+    """The byte PLANE of each int16, less 128: bfloat16 of q's shape by PTX, else float32.
+
+    A bfloat16 with the bits 0x4300 takes 7 bits; the eighth chooses whether 128 or 256 is subtracted.
+    """
+    SHIFT: tl.constexpr = 8 * PLANE
+    if PTX:
+        result = tl.inline_asm_elementwise(
+            f"""
+            {{
+            .reg .b32 h, low, minus, one;
+            mov.b32 one, 0x3f803f80;
+            shr.u32 h, $1, {SHIFT};
+            lop3.b32 low, h, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 minus, h, 0x00800080, 0xc380c380, 0x6a;
+            fma.rn.bf16x2 $0, low, one, minus;
+            }}
+            """,
+            "=r,r",
+            [q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        result = (((q >> SHIFT) & 255) - 128).to(tl.float32)
+    return result
+
+
+@triton.jit
+def add_bfloat16(a, b, PTX: tl.constexpr):
+    """a + b of the same shape."""
+    if PTX:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        result = a + b
+    return result
+
+
+@triton.jit
+def multiply_bfloat16(a, b, PTX: tl.constexpr):
+    """a · b of the same shape."""
+    if PTX:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        result = a * b
+    return result
+
+
+@triton.jit
+def dequantize_int4(q, scale, minus, PTX: tl.constexpr):
+    """`(q + 8 - minus) scale` of the 8 columns of each word, in four words of two bfloat16 each; rounded once.
+
+    scale: bfloat16; minus: float32, small integers; both of q's shape. The nibbles are unpacked as in `unpack_int4`.
+    """
+    if PTX:
+        scale = _twice(scale)
+        minus = _twice((-128 - minus).to(tl.bfloat16))
+        result = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 odd, h, one, zero;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 zero, 0x80008000;
+            shr.u32 odd, $4, 4;
+            prmt.b32 h, $4, odd, 0x0400;
+            lop3.b32 h, h, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 h, h, one, $6;
+            fma.rn.bf16x2 $0, h, $5, zero;
+            prmt.b32 h, $4, odd, 0x0501;
+            lop3.b32 h, h, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 h, h, one, $6;
+            fma.rn.bf16x2 $1, h, $5, zero;
+            prmt.b32 h, $4, odd, 0x0602;
+            lop3.b32 h, h, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 h, h, one, $6;
+            fma.rn.bf16x2 $2, h, $5, zero;
+            prmt.b32 h, $4, odd, 0x0703;
+            lop3.b32 h, h, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 h, h, one, $6;
+            fma.rn.bf16x2 $3, h, $5, zero;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [q, scale, minus],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        wide = scale.to(tl.float32)
+        result = (
+            _pair(q, 0, wide, minus),
+            _pair(q, 1, wide, minus),
+            _pair(q, 2, wide, minus),
+            _pair(q, 3, wide, minus),
+        )
+    return result
+
+
+@triton.jit
+def _twice(x):
+    """A bfloat16 in both halves of an int32."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _pair(q, index: tl.constexpr, scale, minus):
+    """Columns 2 index and 2 index + 1, as bfloat16 in the halves of an int32."""
+    low = ((((q >> (8 * index)) & 15).to(tl.float32) - minus) * scale).to(tl.bfloat16)
+    high = ((((q >> (8 * index + 4)) & 15).to(tl.float32) - minus) * scale).to(tl.bfloat16)
+    high_bits = high.to(tl.int16, bitcast=True).to(tl.int32)
+    return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high_bits << 16)
+
+
+@triton.jit
 def _nibble(q, index: tl.constexpr):
     return (((q >> (4 * index)) & 15) - 8).to(tl.float32)
 

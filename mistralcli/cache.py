@@ -7,6 +7,8 @@ may be written before they are attended to: a longer chunk goes through write-th
 
 Which position a slot holds follows from the last written position alone, and so does every mask: there is no
 case for a ring that is "full" or has "wrapped".
+
+A cache of int8 holds codes, and a scale for each key and each value: `key ≈ code · scale` (`quantized`).
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,10 @@ from quant.registry import op
 DEFAULT_SLACK = 512
 GROWTH_SLOTS = 1024
 """On the CPU a buffer grows by this many slots, so that a short conversation takes little of a long context."""
+
+SCALE_DTYPE = torch.float32
+"""Of an int8 cache's scales: 3 % of the codes with head_dim 128. float16 would save half of that, but loses the scales
+of values below 0.008, which some models give the first token, to its subnormal numbers."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,31 @@ class Seen:
         return Seen(self.positions.to(device), self.ring, self.n_slots)
 
 
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes and float32 scales such that `x ≈ codes · scales[..., None]`, one scale for each vector of head_dim.
+
+    `scale = max |x| / 127` and `code = x / scale`, rounded half to even: off by half a scale at most. A vector of zeros
+    has codes of zero; one with a value that is not finite has a scale that is not either. x: (..., head_dim).
+    """
+    wide = x.float()
+    scales = wide.abs().amax(-1).clamp_min(1e-30) / 127
+    return (wide / scales[..., None]).round().to(torch.int8), scales
+
+
 @op(cuda="mistralcli.kernels.pointwise:write_ring")
-def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tensor:
+def write_ring(
+    buffer: torch.Tensor, x: torch.Tensor, seen: Seen, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """Store the keys or values of the tokens of `seen` in the slots of their positions, and return the buffer.
 
-    buffer: (n_seqs, n_kv_heads, n_slots, head_dim); x: (n_seqs, n_tokens, n_kv_heads, head_dim), of any float type.
+    buffer: (n_seqs, n_kv_heads, n_slots, head_dim); x: (n_seqs, n_tokens, n_kv_heads, head_dim), of any float type;
+    scales: (n_seqs, n_kv_heads, n_slots), where the buffer is int8, and x is `quantized`.
     """
     sequence, token, slots = seen.written
-    buffer[sequence, :, slots] = x[sequence, token].to(buffer.dtype)
+    new = x[sequence, token]  # (n_written, n_kv_heads, head_dim)
+    if scales is not None:
+        new, scales[sequence, :, slots] = quantized(new)
+    buffer[sequence, :, slots] = new.to(buffer.dtype)
     return buffer
 
 
@@ -94,33 +117,58 @@ class Piece:
 
 
 class LayerCache:
-    """Keys and values of one layer, each (n_seqs, n_kv_heads, allocated slots, head_dim)."""
+    """Keys and values of one layer, each (n_seqs, n_kv_heads, allocated slots, head_dim).
+
+    Where they are int8, `key_scales` and `value_scales` (n_seqs, n_kv_heads, allocated slots) belong to them.
+    """
 
     def __init__(self, ring: Ring, keys: torch.Tensor) -> None:
         self.ring = ring
         self.keys = keys
         self.values = torch.zeros_like(keys)
+        self.key_scales: torch.Tensor | None = None
+        self.value_scales: torch.Tensor | None = None
+        if keys.dtype == torch.int8:
+            self.key_scales, self.value_scales = (
+                keys.new_zeros(keys.shape[:3], dtype=SCALE_DTYPE) for _ in range(2)
+            )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are allocated now."""
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def reserve(self, n_slots: int) -> None:
         """Make room for `n_slots` slots, keeping what is there. No position has wrapped while a buffer still grows."""
         missing = n_slots - self.keys.shape[2]
         if missing > 0:
-            padding = (0, 0, 0, missing)
-            # Both or neither: memory may run out at the second.
-            self.keys, self.values = (
-                torch.nn.functional.pad(self.keys, padding),
-                torch.nn.functional.pad(self.values, padding),
+            # All or none: memory may run out at the second.
+            self.keys, self.values, self.key_scales, self.value_scales = (
+                _padded(self.keys, (0, 0, 0, missing)),
+                _padded(self.values, (0, 0, 0, missing)),
+                None if self.key_scales is None else _padded(self.key_scales, (0, missing)),
+                None if self.value_scales is None else _padded(self.value_scales, (0, missing)),
             )
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
         """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
-        write_ring(self.keys, k, piece.seen[self.ring])
-        write_ring(self.values, v, piece.seen[self.ring])
+        write_ring(self.keys, k, piece.seen[self.ring], self.key_scales)
+        write_ring(self.values, v, piece.seen[self.ring], self.value_scales)
 
-    def read(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, Seen]:
-        """Keys and values of the slots in use, and what each query sees of them."""
+    def read(
+        self, piece: Piece
+    ) -> tuple[torch.Tensor, torch.Tensor, Seen, torch.Tensor | None, torch.Tensor | None]:
+        """What `attention` takes behind q: keys and values of the slots in use, what is seen of them, their scales."""
         seen = piece.seen[self.ring]
-        return self.keys[:, :, : seen.n_slots], self.values[:, :, : seen.n_slots], seen
+        used = (slice(None), slice(None), slice(seen.n_slots))
+        key_scales = None if self.key_scales is None else self.key_scales[used]
+        value_scales = None if self.value_scales is None else self.value_scales[used]
+        return self.keys[used], self.values[used], seen, key_scales, value_scales
+
+
+def _padded(x: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
+    return torch.nn.functional.pad(x, padding)
 
 
 class KVCache:
@@ -138,11 +186,14 @@ class KVCache:
     ) -> None:
         """Room for `max_seq_len` positions of each sequence, reserved at once except on the CPU, where it grows.
 
+        dtype: what keys and values are stored as, a float type or torch.int8, which has scales.
+
         Raises:
             NotEnoughMemoryError: the device has no room for it.
         """
         self.slack = slack
         self.max_seq_len = max_seq_len
+        self.dtype = dtype
         self.last = torch.full((n_seqs,), -1, dtype=torch.int64, device=device)
         self._furthest = -1  # the furthest position ever written: a rewind brings no overwritten slot back
         self._grows = torch.device(device).type == "cpu"
@@ -165,7 +216,7 @@ class KVCache:
     @property
     def size_bytes(self) -> int:
         """Bytes that are allocated now."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(layer.size_bytes for layer in self.layers)
 
     def begin(self, positions: torch.Tensor) -> list[Piece]:
         """Make room for a chunk and say how its tokens are written and what they see, in pieces.
@@ -175,14 +226,24 @@ class KVCache:
         chunk that was interrupted, `can_rewind` is on the safe side.
         """
         positions = positions.cpu()
-        n_positions = int(positions.max()) + 1
-        assert n_positions <= self.max_seq_len, f"position {n_positions - 1} in a cache of {self.max_seq_len}"
-        self.reserve(n_positions)
-        self._furthest = max(self._furthest, n_positions - 1)
-        # Without a window nothing is overwritten, and the chunk is one piece.
-        length = self.slack if any(ring.sliding_window for ring in self.rings) else positions.shape[1]
-        starts = range(0, positions.shape[1], length)
-        return [self._piece(positions, slice(start, start + length)) for start in starts]
+        self.note(positions)
+        on_device = positions.to(self.last.device, non_blocking=True)
+        n_positions = [int(positions[:, tokens].max()) + 1 for tokens in self._slices(positions)]
+        return self._pieces(on_device, n_positions)
+
+    def begin_captured(self, positions: torch.Tensor) -> list[Piece]:
+        """As `begin` for a chunk that is captured: positions on the device, which may be others in each replay.
+
+        Every slot counts as in use. Before each replay `note` is told the positions.
+        """
+        return self._pieces(positions, [self.max_seq_len] * len(self._slices(positions)))
+
+    def note(self, positions: torch.Tensor) -> None:
+        """Make room for positions that are about to be written, and remember the furthest; best on the CPU."""
+        furthest = int(positions.max())
+        assert furthest < self.max_seq_len, f"position {furthest} in a cache of {self.max_seq_len}"
+        self.reserve(furthest + 1)
+        self._furthest = max(self._furthest, furthest)
 
     def advance(self) -> None:
         """Note that the next position of every sequence is being written, by a `Decoder`, which writes `last` too."""
@@ -195,15 +256,25 @@ class KVCache:
             for layer in self.layers:
                 layer.reserve(min(layer.ring.capacity, wanted))
 
-    def _piece(self, positions: torch.Tensor, tokens: slice) -> Piece:
-        """The piece of some tokens of a chunk, whose positions are on the CPU: nothing here waits for a device."""
-        mine = positions[:, tokens]
-        n_positions = int(mine.max()) + 1
-        on_device = mine.to(self.last.device, non_blocking=True)
-        torch.maximum(self.last, on_device.amax(dim=1), out=self.last)  # in place: a captured step reads it
-        return Piece(
-            tokens, {ring: Seen(on_device, ring, min(n_positions, ring.capacity)) for ring in self.rings}
-        )
+    def _slices(self, positions: torch.Tensor) -> list[slice]:
+        """The tokens of each piece of a chunk: where no layer has a window, nothing is overwritten, and it is whole."""
+        n_tokens = positions.shape[1]
+        length = self.slack if any(ring.sliding_window for ring in self.rings) else n_tokens
+        return [slice(start, start + length) for start in range(0, n_tokens, length)]
+
+    def _pieces(self, positions: torch.Tensor, n_positions: Sequence[int]) -> list[Piece]:
+        """The pieces of a chunk whose positions are on the device, each with what it sees of `n_positions`.
+
+        `last` changes in place, since a captured step reads it. Nothing here waits for a device.
+        """
+        torch.maximum(self.last, positions.amax(dim=1), out=self.last)
+        return [
+            Piece(
+                tokens,
+                {ring: Seen(positions[:, tokens], ring, min(n, ring.capacity)) for ring in self.rings},
+            )
+            for tokens, n in zip(self._slices(positions), n_positions, strict=True)
+        ]
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""
@@ -227,7 +298,8 @@ def cache_size_bytes(
 ) -> int:
     """Bytes of a cache that is full: what `mistral show` prints and a KVCache grows to."""
     slots = sum(Ring.of(window, max_seq_len, slack).capacity for window in config.sliding_windows)
-    return 2 * n_seqs * slots * config.n_kv_heads * config.head_dim * dtype.itemsize
+    vector_bytes = config.head_dim * dtype.itemsize + (SCALE_DTYPE.itemsize if dtype == torch.int8 else 0)
+    return 2 * n_seqs * slots * config.n_kv_heads * vector_bytes
 
 
 def n_slots_by_layer(config: ModelConfig, max_seq_len: int, slack: int = DEFAULT_SLACK) -> Sequence[int]:

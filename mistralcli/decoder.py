@@ -16,7 +16,7 @@ from mistralcli.kernels.decode_attention import Scratch, decode_attention
 from mistralcli.kernels.embed import embed
 from mistralcli.kernels.sample import DeviceSampler
 from mistralcli.model import Linear, Transformer, TransformerBlock
-from quant.kernels.activations import BLOCK, Activations
+from quant.kernels.activations import BLOCK, TENSOR_CORE_ROWS, Activations
 from quant.kernels.matmul import ROUNDINGS
 from quant.kernels.matvec import MOST_ROWS, Weight, matvec
 from quant.schemes.affine import AffineLinear
@@ -87,7 +87,9 @@ class Decoder:
         self._frequencies = config.rope_theta**-exponents
         self._scratch = Scratch.empty(n_seqs, config.n_heads, config.n_kv_heads, config.head_dim, device)
         self._buffers = _Buffers(config, n_seqs, device)
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        # Launches ahead of time help where one row leaves multiprocessors idle; with several they take them away.
+        has_pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._pdl = has_pdl and n_seqs < TENSOR_CORE_ROWS
         self.token_ids = torch.zeros(n_seqs, dtype=torch.int64, device=device)
         self.logits = torch.empty(n_seqs, config.vocab_size, device=device)
         self.sampler = DeviceSampler(n_seqs, config.vocab_size, device)
@@ -156,6 +158,8 @@ class Decoder:
             self._scratch,
             attended,
             cache.ring,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
             pdl=pdl,
         )
         matvec(

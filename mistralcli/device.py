@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from mistralcli.errors import NotEnoughMemoryError, UsageError
+from mistralcli.nvml import process_bytes
 
 DTYPES = {
     "float32": torch.float32,
@@ -18,8 +19,14 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-DEFAULT_CHUNK = {"cuda": 2048}
-CPU_CHUNK = 512
+CPU_CHUNK, CUDA_CHUNK, LARGE_CUDA_CHUNK = 512, 2048, 8192
+LARGE_CUDA_SLACK = 2048
+LARGE_CUDA_BYTES = 16 * 10**9
+"""With that much room on a GPU chunks are large, since weights are dequantized once for each, and so are the pieces
+that attention takes of them, since a small one does not fill a large GPU."""
+
+OUTSIDE_TORCH_BYTES = 720 << 20
+"""What a process takes on a GPU beside torch's own: CUDA's context, kernels, captured graphs. 0.66 GiB on an H100."""
 
 _CGROUP_FILES = {
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
@@ -66,9 +73,11 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def default_chunk(device: torch.device) -> int:
-    """Tokens of a prompt that go through the matmuls at once."""
-    return DEFAULT_CHUNK.get(device.type, CPU_CHUNK)
+def default_chunk(device: torch.device, room_bytes: int) -> int:
+    """Tokens of a prompt that go through the matmuls at once, with so much memory to be had."""
+    if device.type != "cuda":
+        return CPU_CHUNK
+    return LARGE_CUDA_CHUNK if room_bytes >= LARGE_CUDA_BYTES else CUDA_CHUNK
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -79,6 +88,36 @@ def free_memory_bytes(device: torch.device) -> int:
     groups = Path("/proc/self/cgroup")
     rooms = cgroup_rooms_bytes(groups.read_text() if groups.is_file() else "", Path("/sys/fs/cgroup"))
     return min([int(psutil.virtual_memory().available), *rooms])
+
+
+def room_bytes(device: torch.device, limit_bytes: int | None) -> int:
+    """What a model may take: the free memory, and no more than a limit on the process leaves beside CUDA's own."""
+    free_bytes = free_memory_bytes(device)
+    if limit_bytes is None:
+        return free_bytes
+    outside = outside_torch_bytes(device) if device.type == "cuda" else 0
+    return max(0, min(free_bytes, limit_bytes - outside))
+
+
+def outside_torch_bytes(device: torch.device) -> int:
+    """What this process takes, and will take, on a CUDA device beside what torch allocates."""
+    taken = process_bytes(device)
+    now = 0 if taken is None else taken - torch.cuda.memory_reserved(device)
+    return max(now, OUTSIDE_TORCH_BYTES)
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What this process takes on a CUDA device in all: as the driver says, else torch's memory and the usual rest."""
+    return process_bytes(device) or torch.cuda.memory_reserved(device) + OUTSIDE_TORCH_BYTES
+
+
+def cap_memory(device: torch.device, size_bytes: int) -> None:
+    """Let torch take no more than that on a CUDA device; it gives back what it keeps unused before it fails."""
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    fraction = min(1.0, size_bytes / total_bytes)
+    torch.cuda.set_per_process_memory_fraction(
+        fraction, torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 def cgroup_rooms_bytes(groups: str, root: Path) -> list[int]:

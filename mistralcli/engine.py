@@ -10,6 +10,7 @@ from mistralcli.cache import DEFAULT_SLACK, KVCache
 from mistralcli.device import out_of_memory_as
 from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
+from mistralcli.prefill import CapturedForward
 from mistralcli.sampling import Sampler, not_a_number
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ class Engine:
         slack: int = DEFAULT_SLACK,
         n_seqs: int = 1,
         device: torch.device | str = "cpu",
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """`max_seq_len` positions for each of `n_seqs` sequences; prompts go through in chunks of `chunk` tokens.
+
+        cache_dtype: what `KVCache` takes, the model's own type without it.
 
         Raises:
             NotEnoughMemoryError: the device has no room for the cache.
@@ -55,11 +59,12 @@ class Engine:
             max_seq_len=max_seq_len,
             n_seqs=n_seqs,
             slack=slack,
-            dtype=model.dtype,
+            dtype=cache_dtype or model.dtype,
             device=device,
         )
         self.token_ids: list[int] = []
         self.decoder = self._make_decoder()
+        self._captured = None if self.decoder is None else CapturedForward(model, self.cache, chunk)
         if self.decoder is not None:
             self._warm_up()
 
@@ -192,10 +197,13 @@ class Engine:
 
     @torch.no_grad()
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states (n_seqs, n_tokens, dim) of a chunk on the CPU, valid until the next call."""
         with out_of_memory_as(
             f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
             "ask for a shorter --ctx or a smaller --chunk, or close other programs",
         ):
+            if self._captured is not None:
+                return self._captured(token_ids, positions)
             hidden: torch.Tensor = self.model(token_ids.to(self.device), positions, self.cache)
         return hidden
 
@@ -225,7 +233,7 @@ class Engine:
             hidden = self._forward(_padded(prompts, start, stop), positions)
             for i, n_tokens in enumerate(lengths.tolist()):
                 if start < n_tokens <= stop:
-                    last_hidden[i] = hidden[i, n_tokens - 1 - start]
+                    last_hidden[i] = hidden[i, n_tokens - 1 - start].clone()
         return self._logits(torch.stack([row for row in last_hidden if row is not None]))
 
     def step(self, token_ids: Sequence[int]) -> torch.Tensor:

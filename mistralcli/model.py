@@ -85,8 +85,7 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, piece: Piece
     ) -> torch.Tensor:
         cache.write(k[:, piece.tokens], v[:, piece.tokens], piece)
-        keys, values, seen = cache.read(piece)
-        return attention(q[:, piece.tokens].transpose(1, 2), keys, values, seen).transpose(1, 2)
+        return attention(q[:, piece.tokens].transpose(1, 2), *cache.read(piece)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -138,14 +137,21 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied_embeddings else linear("output", config.dim, config.vocab_size)
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        pieces: list[Piece] | None = None,
+    ) -> torch.Tensor:
         """Run a chunk of each sequence and store its keys and values in the cache.
 
         token_ids, positions: (n_seqs, n_tokens) int64; position −1 marks padding, which may carry any id. Positions may
-        stay on the CPU, where the cache's sizes come from them without a wait.
+        stay on the CPU, where the cache's sizes come from them without a wait. pieces: those of the chunk, where the
+        cache has begun it already.
         Returns the normalized hidden states (n_seqs, n_tokens, dim).
         """
-        pieces = cache.begin(positions)
+        pieces = cache.begin(positions) if pieces is None else pieces
         cos, sin = rotary_tables(positions.to(token_ids.device), self.config.head_dim, self.config.rope_theta)
         x = self.tok_embeddings(token_ids).to(self.dtype)  # (n_seqs, n_tokens, dim)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):

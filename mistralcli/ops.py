@@ -48,21 +48,34 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 @op(cpu="mistralcli.kernels.sdpa:attention", cuda="mistralcli.kernels.flash_attention:attention")
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: Seen,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`softmax(q kᵀ / sqrt(head_dim)) v` over the slots that are seen, n_heads / n_kv_heads query heads to a key head.
 
     Grouped-query attention (Ainslie et al. 2023) with multi-head (n_kv_heads = n_heads) and multi-query
     (n_kv_heads = 1) as its special cases.
 
     q: (n_seqs, n_heads, n_tokens, head_dim); k, v: (n_seqs, n_kv_heads, n_slots, head_dim), which hold what the
-    ring of `seen` holds after its positions were written. Returns q's shape and dtype; scores and softmax are
-    float32. A query that sees nothing (padding) gets zeros.
+    ring of `seen` holds after its positions were written. Where they are int8, a key is k · key_scales and a value
+    v · value_scales, both (n_seqs, n_kv_heads, n_slots): one factor for a score, one for a weight.
+
+    Returns q's shape and dtype; scores and softmax are float32. A query that sees nothing (padding) gets zeros.
     """
     n_kv_heads, head_dim = k.shape[1], q.shape[-1]
     grouped = q.float().unflatten(1, (n_kv_heads, -1))
     # grouped: (n_seqs, n_kv_heads, group, n_tokens, head_dim); scores: (…, group, n_tokens, n_slots)
     scores: torch.Tensor = grouped @ k.float()[:, :, None].mT / math.sqrt(head_dim)
+    if key_scales is not None:
+        scores = scores * key_scales[:, :, None, None]
     weights = scores.masked_fill(~seen.mask[:, None, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
+    if value_scales is not None:
+        weights = weights * value_scales[:, :, None, None]
     return (weights @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
 
 

@@ -1,31 +1,45 @@
 """Memory before it is taken: weights, cache and workspace against what is free on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mistralcli.cache import DEFAULT_SLACK, cache_size_bytes, n_slots_by_layer
 from mistralcli.config import ModelConfig
+from mistralcli.device import LARGE_CUDA_BYTES, LARGE_CUDA_SLACK
 from mistralcli.errors import NotEnoughMemoryError, UsageError
-from mistralcli.weights import loaded_size_bytes
+from mistralcli.ops import attention
+from mistralcli.units import size_text
+from mistralcli.weights import loaded_sizes
 
 LONGEST_DEFAULT_CTX = 32_768
 CTX_STEP = 1024
+KV_DTYPES = {"int8": torch.int8}
+"""What `--kv` may name."""
 
 _TILE_BYTES = 128 << 20
-"""What the reference matmuls take for dequantized tiles of a weight, and the allocator's slack."""
+"""What the matmuls take for dequantized tiles of a weight, and on the CPU the allocator's slack."""
+_CUDA_BYTES = 128 << 20
+"""What torch takes on CUDA beside what is asked of it: cuBLAS's workspaces (2 × 32 MiB on Hopper), and segments that
+are larger than what is in them."""
+_JOINED = 2.1
+"""A decoder joins two of a layer's largest matrices and their scales in new memory before it drops the old."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a model needs at a context length, and what is free. All sizes in bytes."""
+    """What a model needs at a context length, and what is free. All sizes in bytes.
+
+    `free_is` says what the free memory is: all that the machine has, or what a limit leaves.
+    """
 
     ctx: int
     weights_bytes: int
     cache_bytes: int
     workspace_bytes: int
     free_bytes: int
+    free_is: str = "free"
 
     @property
     def total_bytes(self) -> int:
@@ -44,8 +58,8 @@ class MemoryPlan:
             self.total_bytes,
             self.free_bytes,
         )
-        weights, cache, workspace, total, free = (f"{part / 1e9:.2f} GB" for part in parts)
-        return f"weights {weights} + cache {cache} + workspace {workspace} = {total} of {free} free"
+        weights, cache, workspace, total, free = map(size_text, parts)
+        return f"weights {weights} + cache {cache} + workspace {workspace} = {total} of {free} {self.free_is}"
 
 
 @dataclass(frozen=True)
@@ -56,27 +70,93 @@ class Demand:
     dtype: torch.dtype
     chunk: int
     slack: int = DEFAULT_SLACK
+    device_type: str = "cpu"
+    loading_bytes: int = 0
+    """What a GPU holds beside the weights and the cache for a while, until they are loaded and joined."""
+    cache_dtype: torch.dtype | None = None
+    """What keys and values are stored as; without it, as what is computed in."""
 
 
-def demand_of(directory: Path, dtype: torch.dtype, chunk: int, slack: int) -> Demand:
+def choose_cache_dtype(kv: str | None, dtype: torch.dtype) -> torch.dtype:
+    """The type to store keys and values in: the one that is computed in, unless `kv` names one of `KV_DTYPES`.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if kv is None:
+        return dtype
+    if kv not in KV_DTYPES:
+        raise UsageError(
+            f"--kv {kv} is not a type to store the cache in",
+            f"choose {' or '.join(KV_DTYPES)}, or leave --kv out to store what is computed",
+        )
+    return KV_DTYPES[kv]
+
+
+def demand_of(
+    directory: Path,
+    dtype: torch.dtype,
+    chunk: int,
+    slack: int,
+    device_type: str = "cpu",
+    cache_dtype: torch.dtype | None = None,
+) -> Demand:
     """The demand of the model in `directory`, from its files' headers."""
-    return Demand(loaded_size_bytes(directory, dtype), dtype, chunk, slack)
+    sizes = loaded_sizes(directory, dtype)
+    loading = max(int(_JOINED * sizes.largest_in_layer), sizes.largest_cast) if device_type == "cuda" else 0
+    return Demand(sizes.total, dtype, chunk, slack, device_type, loading, cache_dtype)
 
 
 def plan_memory(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) -> MemoryPlan:
-    """The memory that `ctx` positions take. The workspace is an upper estimate of activations and one chunk's masks."""
-    slots = max(n_slots_by_layer(config, ctx, demand.slack))
+    """The memory that `ctx` positions take; the workspace is an upper bound of what a chunk or loading takes."""
     chunk = min(demand.chunk, ctx)
-    activations = chunk * (3 * config.hidden_dim + 8 * config.dim) * demand.dtype.itemsize
-    masks = chunk * slots * 4
-    workspace = activations + masks + 4 * config.vocab_size * 4 + _TILE_BYTES
-    cache = cache_size_bytes(config, ctx, slack=demand.slack, dtype=demand.dtype)
+    running = _activations_bytes(config, demand, chunk) + _attention_bytes(config, demand, ctx)
+    fixed = 4 * config.vocab_size * 4
+    if demand.device_type == "cuda":
+        # Chunks share their memory, captured or not, but each graph keeps its result.
+        fixed += _CUDA_BYTES + (chunk + 4096) * config.dim * demand.dtype.itemsize
+    workspace = max(running, demand.loading_bytes) + fixed
+    cache_dtype = demand.cache_dtype or demand.dtype
+    cache = cache_size_bytes(config, ctx, slack=demand.slack, dtype=cache_dtype)
     return MemoryPlan(ctx, demand.weights_bytes, cache, workspace, free_bytes)
+
+
+def _activations_bytes(config: ModelConfig, demand: Demand, chunk: int) -> int:
+    """What a block holds at once for a chunk: on CUDA by its three fullest moments, else their sum."""
+    dim, hidden = config.dim, config.hidden_dim
+    width = max(dim, config.n_heads * config.head_dim)
+    token_bytes = chunk * demand.dtype.itemsize
+    if demand.device_type != "cuda":
+        return token_bytes * (3 * hidden + 8 * width) + _TILE_BYTES
+    tile_bytes = min(_TILE_BYTES, hidden * width * demand.dtype.itemsize)
+    gate_and_up = token_bytes * (2 * hidden + 3 * dim) + tile_bytes
+    attending = token_bytes * 8 * width + tile_bytes
+    return max(gate_and_up, attending, token_bytes * 3 * (hidden + dim))
+
+
+def _attention_bytes(config: ModelConfig, demand: Demand, ctx: int) -> int:
+    """What attention takes for a chunk: rotary tables, and a mask or all scores where its kernel holds them."""
+    chunk, slots = min(demand.chunk, ctx), max(n_slots_by_layer(config, ctx, demand.slack))
+    tables = 4 * chunk * (config.head_dim // 2) * torch.float64.itemsize
+    try:
+        by_kernel = attention.on(demand.device_type) is not attention.reference
+    except ImportError:
+        by_kernel = False
+    if by_kernel:
+        return tables + (0 if demand.device_type == "cuda" else 4 * chunk * slots)
+    piece = min(chunk, demand.slack) if any(config.sliding_windows) else chunk
+    return tables + 4 * chunk * slots + 3 * 4 * config.n_heads * piece * slots
 
 
 def default_ctx(config: ModelConfig) -> int:
     """The context length without --ctx and with memory enough: the model's own, at most 32,768."""
     return min(config.max_seq_len, LONGEST_DEFAULT_CTX)
+
+
+def default_slack(device: torch.device, room_bytes: int) -> int:
+    """Tokens of a prompt that attention over a sliding window takes at once, with so much memory to be had."""
+    is_large = device.type == "cuda" and room_bytes >= LARGE_CUDA_BYTES
+    return LARGE_CUDA_SLACK if is_large else DEFAULT_SLACK
 
 
 def check_ctx(config: ModelConfig, ctx: int) -> int:
@@ -88,8 +168,8 @@ def check_ctx(config: ModelConfig, ctx: int) -> int:
     return ctx
 
 
-def fitting_plan(config: ModelConfig, demand: Demand, free_bytes: int) -> MemoryPlan:
-    """The longest context that fits, from the default down in steps of 1,024.
+def fitting_plan(config: ModelConfig, demand: Demand, free_bytes: int, free_is: str = "free") -> MemoryPlan:
+    """The longest context that fits, from the default down in steps of 1,024; `free_is` as in the plan.
 
     Raises:
         NotEnoughMemoryError: not even the shortest fits.
@@ -97,25 +177,28 @@ def fitting_plan(config: ModelConfig, demand: Demand, free_bytes: int) -> Memory
     longest = default_ctx(config)
     shortest = min(CTX_STEP, longest)
     for ctx in (longest, *range((longest - 1) // CTX_STEP * CTX_STEP, shortest - 1, -CTX_STEP)):
-        plan = plan_memory(config, demand, ctx, free_bytes)
+        plan = replace(plan_memory(config, demand, ctx, free_bytes), free_is=free_is)
         if plan.fits:
             return plan
+    more_room = "close other programs" if free_is == "free" else "raise the limit"
     raise NotEnoughMemoryError(
         f"the model does not fit in memory: {plan.describe()}",
-        "close other programs, or make a smaller build with `mistral quantize --bits 4`",
+        f"{more_room}, or make a smaller build with `mistral quantize --bits 4`",
     )
 
 
-def requested_plan(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) -> MemoryPlan:
+def requested_plan(
+    config: ModelConfig, demand: Demand, ctx: int, free_bytes: int, free_is: str = "free"
+) -> MemoryPlan:
     """The plan for the context length that the user asked for.
 
     Raises:
         UsageError: the model was not made for so many positions.
         NotEnoughMemoryError: it does not fit; the hint says what would.
     """
-    plan = plan_memory(config, demand, check_ctx(config, ctx), free_bytes)
+    plan = replace(plan_memory(config, demand, check_ctx(config, ctx), free_bytes), free_is=free_is)
     if not plan.fits:
-        fitting = fitting_plan(config, demand, free_bytes)
+        fitting = fitting_plan(config, demand, free_bytes, free_is)
         raise NotEnoughMemoryError(
             f"a context of {ctx} positions does not fit in memory: {plan.describe()}",
             f"--ctx {fitting.ctx} would fit",

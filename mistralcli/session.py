@@ -10,21 +10,32 @@ from typing import Literal
 
 import torch
 
-from mistralcli.cache import DEFAULT_SLACK
 from mistralcli.config import ModelConfig, read_config
 from mistralcli.conversation import Conversation
 from mistralcli.device import (
+    cap_memory,
     choose_device,
     choose_dtype,
     default_chunk,
-    free_memory_bytes,
     out_of_memory_as,
+    room_bytes,
+    taken_bytes,
 )
 from mistralcli.engine import Engine, FinishReason
-from mistralcli.errors import IntegrityError, UsageError
-from mistralcli.plan import Demand, MemoryPlan, default_ctx, demand_of, fitting_plan, requested_plan
+from mistralcli.errors import IntegrityError, NotEnoughMemoryError, UsageError
+from mistralcli.plan import (
+    Demand,
+    MemoryPlan,
+    choose_cache_dtype,
+    default_ctx,
+    default_slack,
+    demand_of,
+    fitting_plan,
+    requested_plan,
+)
 from mistralcli.sampling import Sampler, SamplingParams
 from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from mistralcli.units import size_text
 from mistralcli.weights import OnProgress, load_model
 
 
@@ -34,9 +45,12 @@ class SessionOptions:
 
     ctx: int | None = None
     chunk: int | None = None
-    slack: int = DEFAULT_SLACK
+    slack: int | None = None
     device: str | None = None
     dtype: str | None = None
+    memory_limit: int | None = None
+    """Bytes that the process may take on a GPU; on the CPU, that the model is planned to take."""
+    kv: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("chunk", self.chunk), ("slack", self.slack)):
@@ -205,10 +219,13 @@ class Session:
     def describe(self) -> str:
         """One line: model, weights, device, type, context and the cache that it needs when full."""
         quantization = "quantized" if self.config.quantization else self.config.dtype
-        dtype = str(self.engine.model.dtype).removeprefix("torch.")
+        dtype, cache_dtype = (
+            str(one).removeprefix("torch.") for one in (self.engine.model.dtype, self.engine.cache.dtype)
+        )
+        stored = f" of {cache_dtype}" if cache_dtype != dtype else ""
         return (
             f"{self.name} ({quantization}) on {self.engine.device.type}, computing in {dtype}, "
-            f"context {self.engine.max_seq_len} tokens (cache up to {self.plan.cache_bytes / 1e6:.0f} MB)"
+            f"context {self.engine.max_seq_len} tokens (cache up to {self.plan.cache_bytes / 1e6:.0f} MB{stored})"
         )
 
     def complete(
@@ -268,7 +285,10 @@ def open_session(
     config = read_config(directory)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    chunk = options.chunk or default_chunk(device)
+    cache_dtype = choose_cache_dtype(options.kv, dtype)
+    room = room_bytes(device, options.memory_limit)
+    chunk = options.chunk or default_chunk(device, room)
+    slack = options.slack or default_slack(device, room)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise IntegrityError(
@@ -279,11 +299,21 @@ def open_session(
         f"memory ran out while loading {directory}",
         "close other programs, or make a smaller build with `mistral quantize --bits 4`",
     ):
-        demand = demand_of(directory, dtype, chunk, options.slack)
-        plan = _plan(config, options, demand, device, on_note)
+        demand = demand_of(directory, dtype, chunk, slack, device.type, cache_dtype)
+        plan = _plan(config, options, demand, device, room, on_note)
         model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
     with _told_if_slow(on_note, "compiling kernels for this GPU, which is done once and kept"):
-        engine = Engine(model, max_seq_len=plan.ctx, chunk=chunk, slack=options.slack, device=device)
+        engine = Engine(
+            model,
+            max_seq_len=plan.ctx,
+            chunk=chunk,
+            slack=slack,
+            device=device,
+            cache_dtype=cache_dtype,
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was used to load and to join
+        _check_limit(device, options.memory_limit)
     return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
 
 
@@ -303,12 +333,27 @@ def _plan(
     options: SessionOptions,
     demand: Demand,
     device: torch.device,
+    free_bytes: int,
     on_note: Callable[[str], None],
 ) -> MemoryPlan:
-    free_bytes = free_memory_bytes(device)
+    limit = options.memory_limit
+    if limit is not None and device.type == "cuda":
+        cap_memory(device, free_bytes)
+    elif limit is not None:
+        on_note(f"on the {device.type} a memory limit bounds the plan; nothing enforces it")
+    free_is = "free" if limit is None else f"within the limit of {size_text(limit)}"
     if options.ctx is not None:
-        return requested_plan(config, demand, options.ctx, free_bytes)
-    plan = fitting_plan(config, demand, free_bytes)
+        return requested_plan(config, demand, options.ctx, free_bytes, free_is)
+    plan = fitting_plan(config, demand, free_bytes, free_is)
     if plan.ctx < default_ctx(config):
         on_note(f"context shortened to {plan.ctx} tokens, which is what fits in memory: {plan.describe()}")
     return plan
+
+
+def _check_limit(device: torch.device, limit_bytes: int | None) -> None:
+    """Raise NotEnoughMemoryError if the driver counts more than the limit, which the plan should have kept."""
+    if limit_bytes is not None and (taken := taken_bytes(device)) > limit_bytes:
+        raise NotEnoughMemoryError(
+            f"the process takes {size_text(taken)} on {device}, and --memory-limit is {size_text(limit_bytes)}",
+            "raise the limit, or ask for a shorter --ctx",
+        )

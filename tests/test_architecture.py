@@ -14,13 +14,20 @@ from mistralcli import __version__
 
 LAYERS = [
     ["mistralcli.__main__", "mistralcli.cli"],
-    ["mistralcli.doctor"],
+    ["mistralcli.doctor", "mistralcli.bench"],
     ["mistralcli.session"],
     ["mistralcli.plan"],
     ["mistralcli.engine", "mistralcli.weights"],
-    ["mistralcli.decoder"],
+    ["mistralcli.decoder", "mistralcli.prefill"],
     ["mistralcli.model", "mistralcli.sampling"],
-    ["mistralcli.cache", "mistralcli.ops", "mistralcli.kernels", "mistralcli.device"],
+    [
+        "mistralcli.cache",
+        "mistralcli.ops",
+        "mistralcli.kernels",
+        "mistralcli.device",
+        "mistralcli.staged_reading",
+        "mistralcli.nvml",
+    ],
     [
         "mistralcli.tokenizer",
         "mistralcli.mistral_tokenizer",

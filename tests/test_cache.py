@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import load, random_checkpoint, token_ids
 
-from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, Seen, cache_size_bytes
+from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, Seen, cache_size_bytes, quantized
 from mistralcli.config import ModelConfig
 from mistralcli.engine import Engine
 from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
+from mistralcli.ops import attention
 
 MISTRAL_7B = ModelConfig(
     dim=4096,
@@ -219,6 +220,62 @@ def test_a_step_past_the_context_is_refused(model: Transformer) -> None:
         engine.step([5, 5])
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    exponent=st.integers(-12, 12),
+    seed=st.integers(0, 1000),
+)
+def test_an_int8_vector_is_off_by_half_a_scale_at_most(dtype: torch.dtype, exponent: int, seed: int) -> None:
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(seed)).mul(2.0**exponent).to(dtype)
+    codes, scales = quantized(x)
+    assert codes.dtype == torch.int8 and int(codes.min()) >= -127
+    error = (codes * scales[..., None] - x.float()).abs()
+    assert (error <= scales[..., None] * 0.5001).all()
+    assert (scales * 127 <= x.float().abs().amax(-1) * 1.000001).all()
+
+
+def test_an_int8_vector_of_zeros_stays_zeros_and_halves_are_rounded_to_even() -> None:
+    codes, scales = quantized(torch.tensor([[0.0, 0.0, 0.0, 0.0], [127.0, 0.5, -1.5, 2.5]]))
+    assert codes.tolist() == [[0, 0, 0, 0], [127, 0, -2, 2]]
+    assert scales.isfinite().all() and scales[1] == 1
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_attention_over_an_int8_cache_is_off_by_what_its_rounding_explains(kernel: str) -> None:
+    """Off by half a scale in each part, a key moves a score of q by `ε = |q|₁ · scale / 2 / √head_dim` at most.
+
+    The weights then change by `exp(2ε) − 1` of their sum at most, and a value by half of its scale.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n_heads, 12, 64, generator=generator) for n_heads in (6, 2, 2))
+    seen = Seen(torch.arange(20, 32).repeat(2, 1), Ring(12, 9), 12)
+    exact = attention.reference(q, k, v, seen)
+    (keys, key_scales), (values, value_scales) = quantized(k), quantized(v)
+    attend = attention.reference if kernel == "reference" else attention.on("cpu")
+    out = attend(q, keys, values, seen, key_scales, value_scales)
+    epsilon = q.abs().sum(-1).amax() * key_scales.amax() / 2 / 64**0.5
+    bound = (epsilon * 2).expm1() * v.abs().amax() + value_scales.amax() / 2
+    error = (out - exact).abs().amax()
+    assert 0 < error <= bound < 1.1
+    torch.testing.assert_close(
+        out, attention.reference(q, keys * key_scales[..., None], values * value_scales[..., None], seen)
+    )
+
+
+def test_an_int8_cache_answers_the_same_for_any_chunking_and_after_a_rewind(model: Transformer) -> None:
+    ids = token_ids(60)
+    once = Engine(model, max_seq_len=80, chunk=80, slack=80, cache_dtype=torch.int8)
+    kept = Engine(model, max_seq_len=80, chunk=7, slack=5, cache_dtype=torch.int8)
+    expected = next_logits(once, ids)
+    next_logits(kept, [*ids[:57], 5, 6])
+    assert kept.n_reusable(ids) == 57
+    # A rounding of float32 turns a code to the next now and then: a 127th of a key's largest, in one part of 16.
+    torch.testing.assert_close(next_logits(kept, ids), expected, atol=2e-2, rtol=0)
+    dense = next_logits(Engine(model, max_seq_len=80, chunk=80), ids)
+    assert 0 < (expected - dense).norm() / dense.norm() < 0.05
+
+
 def test_a_rewind_past_the_ring_starts_over(model: Transformer) -> None:
     engine = Engine(model, max_seq_len=100, chunk=64, slack=4)
     ids = token_ids(60)
@@ -246,15 +303,25 @@ def test_the_cache_of_a_window_is_seven_times_smaller_and_eight_with_slack_one()
     assert full / cache_size_bytes(MISTRAL_7B, 32768, slack=1) == 8
 
 
+def test_a_windowless_7b_of_32k_positions_takes_half_the_cache_in_int8() -> None:
+    windowless = ModelConfig(**{**vars(MISTRAL_7B), "sliding_windows": (None,) * 32})
+    in_16_bits, in_int8 = (
+        cache_size_bytes(windowless, 32768, dtype=dtype) for dtype in (torch.bfloat16, torch.int8)
+    )
+    assert in_int8 / in_16_bits == (128 + 4) / 256
+    assert in_int8 < 2.3e9  # behind 3.9 GB of int4 weights, on a card of 6 GiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("n_tokens", [1, 50, 1023, 1500, 4000])
 def test_a_cache_grows_with_its_tokens_to_the_size_that_was_planned(
-    model: Transformer, n_tokens: int
+    model: Transformer, n_tokens: int, dtype: torch.dtype
 ) -> None:
-    cache = KVCache(model.config, max_seq_len=4000, slack=512)
+    cache = KVCache(model.config, max_seq_len=4000, slack=512, dtype=dtype)
     positions = torch.arange(n_tokens)[None]
     for start in range(0, n_tokens, 512):
         cache.begin(positions[:, start : start + 512])
-    planned = cache_size_bytes(model.config, 4000, slack=512)
+    planned = cache_size_bytes(model.config, 4000, slack=512, dtype=dtype)
     slots = [layer.keys.shape[2] for layer in cache.layers]
     assert slots[0] == min(4000, -(-n_tokens // GROWTH_SLOTS) * GROWTH_SLOTS)
     assert max(slots[1:]) <= 9 + 512 - 1

@@ -30,6 +30,13 @@ PROMPTS = [[5, 9, 77, 3, 30, 31, 8, 11, 12], [4, 60]]
 SLACK = 3
 
 
+@pytest.fixture(autouse=True)
+def _weights_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the step reads; loaded for the CPU's kernels they would lie otherwise, and activations be rounded."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("MISTRAL_CLI_KERNELS", "reference")
+
+
 def checkpoint(tmp_path: Path, bits: int | None, **changes: object) -> Path:
     directory = tmp_path / "dense"
     random_checkpoint(directory, **(SIZES | changes))
@@ -46,8 +53,8 @@ def load(directory: Path) -> Transformer:
     return load_model(directory, device=DEVICE, dtype=torch.float32)
 
 
-def cache_of(model: Transformer, n_seqs: int) -> KVCache:
-    return KVCache(model.config, max_seq_len=64, n_seqs=n_seqs, slack=SLACK, device=DEVICE)
+def cache_of(model: Transformer, n_seqs: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(model.config, max_seq_len=64, n_seqs=n_seqs, slack=SLACK, dtype=dtype, device=DEVICE)
 
 
 @torch.no_grad()
@@ -95,6 +102,22 @@ def test_steps_give_the_logits_of_the_model(
         logits, expected = decoder.feed(ids), stepped(expected_model, expected_cache, ids)
         assert (logits - expected).norm() / expected.norm() < bound
         assert torch.equal(cache.last, expected_cache.last)
+
+
+@pytest.mark.parametrize("window", [6, None])
+def test_steps_with_an_int8_cache_give_the_logits_of_the_model_with_one(
+    tmp_path: Path, window: int | None
+) -> None:
+    """The kernel multiplies in bfloat16, which the interpreter cuts off: 2⁻⁷ for each product of two layers."""
+    directory = checkpoint(tmp_path, None, sliding_window=window)
+    model, expected_model = load(directory), load(directory)
+    cache, expected_cache = cache_of(model, 2, torch.int8), cache_of(expected_model, 2, torch.int8)
+    decoder = Decoder(model, cache)
+    prefill(model, cache)
+    prefill(expected_model, expected_cache)
+    for ids in [[7, 80], [19, 3], [41, 41], [0, 95], [2, 17], [33, 64]]:
+        logits, expected = decoder.feed(ids), stepped(expected_model, expected_cache, ids)
+        assert (logits - expected).norm() / expected.norm() < 3e-2
 
 
 def test_joined_matrices_are_the_model_s_own(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ _COMMANDS = {
     ),
     "show": CommandSpec("mistralcli.cli.commands.show:show", "Show a model: its shape, files and memory."),
     "rm": CommandSpec("mistralcli.cli.commands.rm:rm", "Remove a model from this machine."),
+    "bench": CommandSpec(
+        "mistralcli.cli.commands.bench:bench", "Measure how fast a model runs on this machine."
+    ),
     "doctor": CommandSpec(
         "mistralcli.cli.commands.doctor:doctor", "Check this machine and this installation."
     ),

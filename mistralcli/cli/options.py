@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mistralcli.errors import UsageError
+from mistralcli.units import parse_size
 
 
 def utf8_text(parameter: typer.CallbackParam, value: str | None) -> str | None:
@@ -90,7 +91,7 @@ Chunk = Annotated[
     typer.Option("--chunk", help="Prompt tokens that are processed at once.", rich_help_panel=_ENGINE),
 ]
 Slack = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--slack", help="Cache slots beyond a sliding window; 1 is the least.", rich_help_panel=_ENGINE
     ),
@@ -103,6 +104,24 @@ DType = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16 to compute in.", rich_help_panel=_ENGINE),
 ]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="TYPE",
+        help="int8 halves the cache, or quarters it (default: the type that is computed in).",
+        rich_help_panel=_ENGINE,
+    ),
+]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        parser=parse_size,
+        help="Take no more than this, like 6GB, on the GPU; on the CPU a plan, not enforced.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 
 DEFAULT_TEMPERATURE = 0.7
-DEFAULT_SLACK = 512

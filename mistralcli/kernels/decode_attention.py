@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from mistralcli.cache import Ring
-from mistralcli.kernels.flash_attention import dot, ring_slots
+from mistralcli.kernels.flash_attention import dot, ring_slots, unpacked
+from mistralcli.kernels.pointwise import int8_codes, int8_scales
 from quant.kernels.activations import Activations, pack
 
 MAX_SPLITS = 32
@@ -88,6 +89,8 @@ def decode_attention(
     out: Activations,
     ring: Ring,
     *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     pdl: bool = False,
     blocks: Blocks | None = None,
 ) -> None:
@@ -98,12 +101,14 @@ def decode_attention(
     qkv: (n_seqs, (n_heads + 2 n_kv_heads) · head_dim) float32, q, k and v before rotary; cos, sin:
     (n_seqs, head_dim / 2) float32 of the sequences' positions; keys, values: (n_seqs, n_kv_heads, capacity, head_dim),
     the whole ring of a layer, which holds the positions before; positions: (n_seqs,) int64; out: n_seqs rows of
-    n_heads · head_dim, rounded only where head_dim is a power of two and no less than 32. All are contiguous. With
-    `pdl` the launch may overlap the one before it.
+    n_heads · head_dim, rounded only where head_dim is a power of two and no less than 32; key_scales, value_scales:
+    (n_seqs, n_kv_heads, capacity) where keys and values are int8, whose products are made in bfloat16. All are
+    contiguous. With `pdl` the launch may overlap the one before it.
     """
     n_seqs, n_kv_heads, capacity, head_dim = keys.shape
     group = qkv.shape[1] // (n_kv_heads * head_dim) - 2
     assert capacity == ring.capacity, f"{capacity} slots of a ring of {ring.capacity}"
+    assert (keys.dtype == torch.int8) == (key_scales is not None) == (value_scales is not None)
     assert scratch.sums.shape == (n_seqs * n_kv_heads, scratch.n_splits, group, head_dim)
     blocks = blocks or _blocks_for(keys)
     columns = max(32, triton.next_power_of_2(head_dim))
@@ -114,6 +119,8 @@ def decode_attention(
         sin,
         keys,
         values,
+        key_scales,
+        value_scales,
         positions,
         scratch.sums,
         scratch.statistics,
@@ -142,7 +149,7 @@ def decode_attention(
 
 
 def _blocks_for(keys: torch.Tensor) -> Blocks:
-    """64 keys of head_dim 128 in 16 bits, else as many bytes.
+    """64 keys of head_dim 128 in 16 bits, else as many bytes; of 8 bits no more, for they are widened in registers.
 
     The first block is held in registers while the launch waits for q, k and v: 128 keys, or 2 warps, would spill.
     Two blocks on their way take 66 KiB of shared memory.
@@ -150,7 +157,7 @@ def _blocks_for(keys: torch.Tensor) -> Blocks:
     if keys.device.type == "cpu":
         return INTERPRETED_BLOCKS
     n_keys = 64 if keys.shape[3] <= 128 else 32
-    return Blocks(n_keys // (keys.itemsize // 2), 4, 3)
+    return Blocks(n_keys // max(keys.itemsize // 2, 1), 4, 3)
 
 
 def _heads_at_once(group: int, n_splits: int, columns: int) -> int:
@@ -166,6 +173,8 @@ def _decode_kernel(
     sin,
     keys,
     values,
+    key_scales,
+    value_scales,
     positions,
     sums_out,
     statistics,
@@ -206,9 +215,12 @@ def _decode_kernel(
     end = tl.minimum(begin + share, position)
     keys += pair.to(tl.int64) * capacity * HEAD_DIM
     values += pair.to(tl.int64) * capacity * HEAD_DIM
+    if key_scales is not None:
+        key_scales += pair.to(tl.int64) * capacity
+        value_scales += pair.to(tl.int64) * capacity
     # Earlier positions were written in earlier steps, which are over: they are read while the product before this
     # launch, which makes q, k and v, is still going on.
-    block = _load_block(keys, values, begin, end, capacity, HEAD_DIM, HALF, KEYS)
+    block = _load_block(keys, values, key_scales, value_scales, begin, end, capacity, HEAD_DIM, HALF, KEYS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     qkv += sequence * (GROUP + 2) * n_kv_heads * HEAD_DIM
@@ -216,21 +228,24 @@ def _decode_kernel(
     sin += sequence * (HEAD_DIM // 2)
     rows = tl.arange(0, ROWS)
     first, second = _rotated(qkv, kv_head * GROUP + rows, rows < GROUP, cos, sin, HEAD_DIM, HALF)
-    first, second = first.to(keys.dtype.element_ty), second.to(keys.dtype.element_ty)
+    if key_scales is None:
+        first, second = first.to(keys.dtype.element_ty), second.to(keys.dtype.element_ty)
+    else:
+        first, second = first.to(tl.bfloat16), second.to(tl.bfloat16)
 
     largest = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a split without positions makes no NaN
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, 2 * HALF], tl.float32)
     if split == 0:
         largest, total, sums = _new_token(
-            qkv, cos, sin, keys, values, first, second, kv_head, n_kv_heads, position % capacity, scale,
-            GROUP, HEAD_DIM, ROWS, HALF,
+            qkv, cos, sin, keys, values, key_scales, value_scales, first, second, kv_head, n_kv_heads,
+            position % capacity, scale, GROUP, HEAD_DIM, ROWS, HALF,
         )  # fmt: skip
     largest, total, sums = _attend(
         first, second, block, begin, end, scale, largest, total, sums, KEYS, INTERPRETED
     )
     for at in tl.range(begin + KEYS, end, KEYS, num_stages=STAGES):
-        block = _load_block(keys, values, at, end, capacity, HEAD_DIM, HALF, KEYS)
+        block = _load_block(keys, values, key_scales, value_scales, at, end, capacity, HEAD_DIM, HALF, KEYS)
         largest, total, sums = _attend(
             first, second, block, at, end, scale, largest, total, sums, KEYS, INTERPRETED
         )
@@ -280,6 +295,8 @@ def _new_token(
     sin,
     keys,
     values,
+    key_scales,
+    value_scales,
     first,
     second,
     kv_head,
@@ -294,36 +311,69 @@ def _new_token(
     """Write the new key and value, and begin the softmax with them, from registers: (largest, total, sums)."""
     head = n_kv_heads * GROUP + kv_head + tl.zeros([1], tl.int32)
     key_first, key_second = _rotated(qkv, head, head >= 0, cos, sin, HEAD_DIM, HALF)
+    columns = tl.arange(0, 2 * HALF)
+    in_head = columns < HEAD_DIM
+    value = tl.load(qkv + (head + n_kv_heads) * HEAD_DIM + columns, mask=in_head, other=0.0)
+    key_scale = 1.0
+    value_scale = 1.0
+    if key_scales is not None:
+        key_scale = int8_scales(tl.join(key_first, key_second).reshape([1, 2 * HALF]))
+        key_first, key_second = int8_codes(key_first, key_scale), int8_codes(key_second, key_scale)
+        value_scale = int8_scales(value[None, :])
+        value = int8_codes(value[None, :], value_scale).reshape([2 * HALF])
+        here = slot + tl.zeros([1], tl.int32)
+        tl.store(key_scales + here, key_scale)
+        tl.store(value_scales + here, value_scale)
     key_first, key_second = key_first.to(keys.dtype.element_ty), key_second.to(keys.dtype.element_ty)
     i = tl.arange(0, HALF)[None, :]
     at = keys + slot * HEAD_DIM + i
     tl.store(at, key_first, mask=i < HEAD_DIM // 2)
     tl.store(at + HEAD_DIM // 2, key_second, mask=i < HEAD_DIM // 2)
-    columns = tl.arange(0, 2 * HALF)
-    in_head = columns < HEAD_DIM
-    value = tl.load(qkv + (head + n_kv_heads) * HEAD_DIM + columns, mask=in_head, other=0.0)
     value = value.to(values.dtype.element_ty)
     tl.store(values + slot * HEAD_DIM + columns, value, mask=in_head)
     scores = tl.sum(first.to(tl.float32) * key_first.to(tl.float32), axis=1)
     scores += tl.sum(second.to(tl.float32) * key_second.to(tl.float32), axis=1)
-    sums = value.to(tl.float32)[None, :] + tl.zeros([ROWS, 2 * HALF], tl.float32)
+    if key_scales is not None:
+        scores *= key_scale
+    sums = (value.to(tl.float32) * value_scale)[None, :] + tl.zeros([ROWS, 2 * HALF], tl.float32)
     return scores * scale, tl.full([ROWS], 1.0, tl.float32), sums
 
 
 @triton.jit
 def _load_block(
-    keys, values, begin, end, capacity, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    begin,
+    end,
+    capacity,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """Both halves of the keys and the values of the positions begin … min(end, begin + KEYS), zeros behind them."""
+    """Both halves of the keys and the values of the positions begin … min(end, begin + KEYS), zeros behind them.
+
+    Where they are int8, they are words of four, and their scales follow.
+    """
     in_block = begin + tl.arange(0, KEYS) < end
-    slots = ring_slots(begin, capacity, KEYS)[:, None] * HEAD_DIM
-    i = tl.arange(0, HALF)[None, :]
-    mask = in_block[:, None] & (i < HEAD_DIM // 2)
-    key_first = tl.load(keys + slots + i, mask=mask, other=0.0)
-    key_second = tl.load(keys + slots + HEAD_DIM // 2 + i, mask=mask, other=0.0)
-    columns = tl.arange(0, 2 * HALF)[None, :]
-    value = tl.load(values + slots + columns, mask=in_block[:, None] & (columns < HEAD_DIM), other=0.0)
-    return key_first, key_second, value
+    PACK: tl.constexpr = 1 if key_scales is None else 4
+    if key_scales is not None:
+        keys, values = keys.to(tl.pointer_type(tl.int32)), values.to(tl.pointer_type(tl.int32))
+    slot = ring_slots(begin, capacity, KEYS)
+    slots = slot[:, None] * (HEAD_DIM // PACK)
+    i = tl.arange(0, HALF // PACK)[None, :]
+    mask = in_block[:, None] & (i < HEAD_DIM // 2 // PACK)
+    key_first = tl.load(keys + slots + i, mask=mask, other=0)
+    key_second = tl.load(keys + slots + HEAD_DIM // 2 // PACK + i, mask=mask, other=0)
+    columns = tl.arange(0, 2 * HALF // PACK)[None, :]
+    value = tl.load(values + slots + columns, mask=in_block[:, None] & (columns < HEAD_DIM // PACK), other=0)
+    block = key_first, key_second, value
+    if key_scales is not None:
+        key_scale = tl.load(key_scales + slot, mask=in_block, other=0.0)
+        value_scale = tl.load(value_scales + slot, mask=in_block, other=0.0)
+        block = key_first, key_second, value, key_scale, value_scale  # type: ignore[assignment]
+    return block
 
 
 @triton.jit
@@ -341,16 +391,24 @@ def _attend(
     INTERPRETED: tl.constexpr,
 ):
     """Add a loaded block of positions to an online softmax, as `flash_attention._attend` does."""
-    key_first, key_second, value = block
+    QUANTIZED: tl.constexpr = len(block) == 5
+    key_first, key_second, value = block[0], block[1], block[2]
+    if QUANTIZED:
+        key_first, key_second = unpacked(key_first, first.dtype), unpacked(key_second, first.dtype)
+        value = unpacked(value, first.dtype)
     scores = dot(first, key_first.T, tl.zeros([first.shape[0], KEYS], tl.float32), INTERPRETED)
     scores = dot(second, key_second.T, scores, INTERPRETED)
+    if QUANTIZED:
+        scores *= block[3][None, :]
     in_block = begin + tl.arange(0, KEYS) < end
     scores = tl.where(in_block[None, :], scores * scale, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
     total = total * shrink + tl.sum(weights, axis=1)
-    sums = dot(weights.to(value.dtype), value, sums * shrink[:, None], INTERPRETED)
+    if QUANTIZED:
+        weights *= block[4][None, :]
+    sums = dot(weights.to(first.dtype), value, sums * shrink[:, None], INTERPRETED)
     return new_largest, total, sums
 
 

@@ -38,14 +38,28 @@ INTERPRETED_TILE = Tile(16, 16, 4, 1)
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, tile: Tile | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: Seen,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """See `mistralcli.ops.attention`. Products take operands of the cache's dtype and add up in float32."""
+    """See `mistralcli.ops.attention`. Products take operands of the cache's dtype and add up in float32.
+
+    Where the cache is int8 they take bfloat16, or float32 where q is: it has every code, and room for the least
+    weight times the least scale, and what it rounds of q and of the weights is a fraction of what int8 did.
+    """
     n_seqs, n_heads, n_tokens, head_dim = q.shape
     n_kv_heads = k.shape[1]
     group = n_heads // n_kv_heads
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1 and k.stride() == v.stride()
-    tile = tile or _tile_for(k, n_tokens * group)
+    assert (k.dtype == torch.int8) == (key_scales is not None) == (value_scales is not None)
+    tile = tile or _tile_for(q, k, n_tokens * group)
+    if key_scales is not None and value_scales is not None:
+        assert key_scales.stride(2) == 1 and key_scales.stride() == value_scales.stride()
+        k, v = k.view(torch.int32), v.view(torch.int32)  # the kernel's words of four codes
     # In memory (n_seqs, n_tokens, n_heads, head_dim), as the next matmul reads it.
     out = q.new_empty(n_seqs, n_tokens, n_heads, head_dim).transpose(1, 2)
     grid = (triton.cdiv(n_tokens * group, tile.rows), n_kv_heads, n_seqs)
@@ -55,10 +69,13 @@ def attention(
         q,
         k,
         v,
+        key_scales,
+        value_scales,
         seen.positions,
         out,
         *q.stride()[:3],
         *k.stride()[:3],
+        *(key_scales.stride()[:2] if key_scales is not None else (0, 0)),
         *seen.positions.stride(),
         *out.stride()[:3],
         n_tokens,
@@ -77,16 +94,20 @@ def attention(
     return out
 
 
-def _tile_for(k: torch.Tensor, n_rows: int) -> Tile:
+def _tile_for(q: torch.Tensor, k: torch.Tensor, n_rows: int) -> Tile:
     """The tile for `n_rows` queries of each key head; one token's take one of few rows, lest most of it be idle."""
     if k.device.type == "cpu":
         return INTERPRETED_TILE
     capability = torch.cuda.get_device_capability(k.device)
-    if k.dtype == torch.float32 or capability < (8, 0):
+    quantized = k.dtype == torch.int8
+    if (q if quantized else k).dtype == torch.float32 or capability < (8, 0):
         return SCALAR_TILE
     narrow, wide = (HOPPER_TILE, WIDE_HOPPER_TILE) if capability == (9, 0) else (TILE, WIDE_TILE)
-    tile = narrow if k.shape[3] <= 128 else wide
-    return tile if n_rows > 16 else Tile(16, tile.keys, 4, tile.stages)
+    tile = narrow if q.shape[3] <= 128 else wide
+    if n_rows > 16:
+        return tile
+    n_keys = 32 if quantized else tile.keys  # 64 would spill where they are unpacked
+    return Tile(16, n_keys, 4, tile.stages)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "positions_seq"])
@@ -94,6 +115,8 @@ def _flash_kernel(
     q,
     k,
     v,
+    key_scales,
+    value_scales,
     positions,
     out,
     q_seq,
@@ -102,6 +125,8 @@ def _flash_kernel(
     k_seq,
     k_head,
     k_slot,
+    scales_seq,
+    scales_head,
     positions_seq,
     positions_token,
     out_seq,
@@ -134,9 +159,16 @@ def _flash_kernel(
     columns = tl.arange(0, COLUMNS)
     in_tile = (query >= 0)[:, None] & (columns < HEAD_DIM)[None, :]
     at = sequence * q_seq + heads * q_head + tokens * q_token
-    queries = tl.load(q + at[:, None] + columns[None, :], mask=in_tile, other=0.0).to(k.dtype.element_ty)
+    queries = tl.load(q + at[:, None] + columns[None, :], mask=in_tile, other=0.0)
+    if key_scales is None:
+        queries = queries.to(k.dtype.element_ty)
+    elif q.dtype.element_ty != tl.float32:
+        queries = queries.to(tl.bfloat16)
     k += sequence * k_seq + kv_head * k_head
     v += sequence * k_seq + kv_head * k_head
+    if key_scales is not None:
+        key_scales += sequence * scales_seq + kv_head * scales_head
+        value_scales += sequence * scales_seq + kv_head * scales_head
 
     low = tl.maximum(first - WINDOW + 1, 0) if WINDOW else 0
     n_blocks = tl.cdiv(last + 1 - low, KEYS)
@@ -148,16 +180,16 @@ def _flash_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     largest, total, sums = _attend(
-        queries, query, k, v, k_slot, low, 0, whole, last, capacity, scale, largest, total, sums,
-        True, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
+        queries, query, k, v, key_scales, value_scales, k_slot, low, 0, whole, last, capacity, scale,
+        largest, total, sums, True, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
     )  # fmt: skip
     largest, total, sums = _attend(
-        queries, query, k, v, k_slot, low, whole, whole_end, last, capacity, scale, largest, total, sums,
-        False, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
+        queries, query, k, v, key_scales, value_scales, k_slot, low, whole, whole_end, last, capacity, scale,
+        largest, total, sums, False, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
     )  # fmt: skip
     largest, total, sums = _attend(
-        queries, query, k, v, k_slot, low, whole_end, n_blocks, last, capacity, scale, largest, total, sums,
-        True, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
+        queries, query, k, v, key_scales, value_scales, k_slot, low, whole_end, n_blocks, last, capacity, scale,
+        largest, total, sums, True, WINDOW, HEAD_DIM, KEYS, COLUMNS, STAGES, INTERPRETED,
     )  # fmt: skip
     sums = tl.where((query >= 0)[:, None], sums / tl.where(query >= 0, total, 1.0)[:, None], 0.0)
     at = sequence * out_seq + heads * out_head + tokens * out_token
@@ -171,6 +203,8 @@ def _attend(
     query,
     k,
     v,
+    key_scales,
+    value_scales,
     k_slot,
     low,
     begin,
@@ -195,15 +229,21 @@ def _attend(
     (ROWS, COLUMNS), the sum of the values with these weights.
     """
     MASKED: tl.constexpr = EDGE or HEAD_DIM != COLUMNS
-    columns = tl.arange(0, COLUMNS)[None, :]
+    PACK: tl.constexpr = 1 if key_scales is None else 4
+    columns = tl.arange(0, COLUMNS // PACK)[None, :]
     for block in tl.range(begin, end, num_stages=STAGES):
         held = low + block * KEYS + tl.arange(0, KEYS)
-        at = ring_slots(low + block * KEYS, capacity, KEYS)[:, None] * k_slot + columns
-        in_block = columns < HEAD_DIM
+        slots = ring_slots(low + block * KEYS, capacity, KEYS)
+        at = slots[:, None] * k_slot + columns
+        in_block = columns < HEAD_DIM // PACK
         if EDGE:
             in_block = in_block & (held <= last)[:, None]
-        keys = tl.load(k + at, mask=in_block, other=0.0) if MASKED else tl.load(k + at)
+        keys = tl.load(k + at, mask=in_block, other=0) if MASKED else tl.load(k + at)
+        if key_scales is not None:
+            keys = unpacked(keys, queries.dtype)
         scores = dot(queries, keys.T, tl.zeros([queries.shape[0], KEYS], tl.float32), INTERPRETED)
+        if key_scales is not None:
+            scores *= _load_scales(key_scales + slots, held, last, EDGE)[None, :]
         if EDGE:
             seen = held[None, :] <= query[:, None]
             if WINDOW:
@@ -214,10 +254,38 @@ def _attend(
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, axis=1)
         sums = sums * shrink[:, None]
-        values = tl.load(v + at, mask=in_block, other=0.0) if MASKED else tl.load(v + at)
-        sums = dot(weights.to(values.dtype), values, sums, INTERPRETED)
+        values = tl.load(v + at, mask=in_block, other=0) if MASKED else tl.load(v + at)
+        if value_scales is not None:
+            values = unpacked(values, queries.dtype)
+            weights *= _load_scales(value_scales + slots, held, last, EDGE)[None, :]
+        sums = dot(weights.to(queries.dtype), values, sums, INTERPRETED)
         largest = new_largest
     return largest, total, sums
+
+
+@triton.jit
+def _load_scales(at, held, last, EDGE: tl.constexpr):
+    """The scales of a block's keys or values, (KEYS,)."""
+    return tl.load(at, mask=held <= last, other=0.0) if EDGE else tl.load(at)
+
+
+@triton.jit
+def unpacked(words, DTYPE: tl.constexpr):
+    """The int8 codes of words of four, (ROWS, WORDS) int32, as floats: (ROWS, 4 · WORDS).
+
+    A byte with its sign flipped is code + 128; as the last bits of 2²³ it is a float without a conversion, of which a
+    multiprocessor makes few at a time. Loaded as bytes, values would come from shared memory one by one, each into a
+    register of its own.
+    """
+    flipped = words ^ -2139062144  # 0x80808080
+    even = tl.join(_as_float(flipped & 0xFF), _as_float((flipped >> 16) & 0xFF))
+    odd = tl.join(_as_float((flipped >> 8) & 0xFF), _as_float((flipped >> 24) & 0xFF))
+    return tl.join(even, odd).reshape([words.shape[0], 4 * words.shape[1]]).to(DTYPE)
+
+
+@triton.jit
+def _as_float(byte):
+    return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0  # 2²³ + 128
 
 
 @triton.jit

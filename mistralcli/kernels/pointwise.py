@@ -89,13 +89,16 @@ def _swiglu_kernel(gate, up, out, n_elements, BLOCK: tl.constexpr):
     tl.store(out + at, product.to(out.dtype.element_ty), mask=mask)
 
 
-def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tensor:
+def write_ring(
+    buffer: torch.Tensor, x: torch.Tensor, seen: Seen, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """Stands in for `mistralcli.cache.write_ring`, whose contract it keeps."""
     n_seqs, n_tokens, n_heads, head_dim = x.shape
     if x.stride()[2:] != (head_dim, 1):
         x = x.contiguous()
     _write_kernel[(n_seqs, n_tokens)](
         buffer,
+        scales,
         x,
         seen.positions,
         seen.ring.capacity,
@@ -103,6 +106,7 @@ def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tenso
         head_dim,
         buffer.stride(0),
         buffer.stride(1),
+        *(scales.stride()[:2] if scales is not None else (0, 0)),
         x.stride(0),
         x.stride(1),
         seen.positions.stride(0),
@@ -116,6 +120,7 @@ def write_ring(buffer: torch.Tensor, x: torch.Tensor, seen: Seen) -> torch.Tenso
 @triton.jit
 def _write_kernel(
     buffer,
+    scales,
     x,
     positions,
     capacity,
@@ -123,6 +128,8 @@ def _write_kernel(
     head_dim,
     buffer_seq,
     buffer_head,
+    scales_seq,
+    scales_head,
     x_seq,
     x_token,
     positions_seq,
@@ -137,7 +144,13 @@ def _write_kernel(
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (head < n_heads) & (column < head_dim)
-    value = tl.load(x + sequence * x_seq + token * x_token + head * head_dim + column, mask=mask)
+    value = tl.load(x + sequence * x_seq + token * x_token + head * head_dim + column, mask=mask, other=0.0)
+    if scales is not None:
+        heads = tl.arange(0, HEADS)
+        scale = int8_scales(value.to(tl.float32))
+        at = scales + sequence * scales_seq + heads.to(tl.int64) * scales_head + position % capacity
+        tl.store(at, scale, mask=heads < n_heads)
+        value = int8_codes(value.to(tl.float32), scale)
     at = (
         buffer
         + sequence * buffer_seq
@@ -146,3 +159,20 @@ def _write_kernel(
         + column
     )
     tl.store(at, value.to(buffer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def int8_scales(x):
+    """The scales of `mistralcli.cache.quantized` for x (ROWS, COLUMNS) float32, (ROWS,).
+
+    A maximum passes over NaN, so a sum says whether all values are finite.
+    """
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
+    return tl.div_rn(largest, 127.0 + tl.zeros_like(largest)) + tl.sum(x * 0.0, axis=1)
+
+
+@triton.jit
+def int8_codes(x, scales):
+    """Its codes, (ROWS, COLUMNS) float32. From 2²³ to 2²⁴ there are no fractions: a sum rounds half to even there."""
+    SHIFT: tl.constexpr = 12582912.0  # 1.5 · 2²³
+    return tl.div_rn(x, scales[:, None] + tl.zeros_like(x)) + SHIFT - SHIFT

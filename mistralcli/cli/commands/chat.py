@@ -8,13 +8,14 @@ import typer
 from mistralcli.cli import console
 from mistralcli.cli.answers import load_session, note_end, read_prompt
 from mistralcli.cli.options import (
-    DEFAULT_SLACK,
     DEFAULT_TEMPERATURE,
+    KV,
     Chunk,
     Ctx,
     Device,
     DType,
     MaxTokens,
+    MemoryLimit,
     MinP,
     Model,
     RepeatPenalty,
@@ -46,9 +47,11 @@ def chat(
     seed: Seed = None,
     ctx: Ctx = None,
     chunk: Chunk = None,
-    slack: Slack = DEFAULT_SLACK,
+    slack: Slack = None,
     device: Device = None,
     dtype: DType = None,
+    memory_limit: MemoryLimit = None,
+    kv: KV = None,
 ) -> None:
     """Talk with a model. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -63,7 +66,7 @@ def chat(
     state = ChatState(Conversation().with_system(system), params)
     state = with_setting(state, "max_tokens", max_tokens)  # refuses what /set and a saved chat would refuse
     message = None if console.is_terminal(sys.stdin) else read_prompt(None, None)
-    options = SessionOptions(ctx, chunk, slack, device, dtype)
+    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv)
     session = load_session(_one_model(context, named, model), options, quiet=False)
     console.note(session.describe())
     if message is None:

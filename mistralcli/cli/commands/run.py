@@ -10,13 +10,14 @@ import typer
 from mistralcli.cli import console
 from mistralcli.cli.answers import load_session, note_end, read_prompt
 from mistralcli.cli.options import (
-    DEFAULT_SLACK,
     DEFAULT_TEMPERATURE,
+    KV,
     Chunk,
     Ctx,
     Device,
     DType,
     MaxTokens,
+    MemoryLimit,
     MinP,
     Model,
     RepeatPenalty,
@@ -63,9 +64,11 @@ def run(
     seed: Seed = None,
     ctx: Ctx = None,
     chunk: Chunk = None,
-    slack: Slack = DEFAULT_SLACK,
+    slack: Slack = None,
     device: Device = None,
     dtype: DType = None,
+    memory_limit: MemoryLimit = None,
+    kv: KV = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
@@ -82,7 +85,7 @@ def run(
     from mistralcli.session import SessionOptions
 
     params = SamplingParams(temperature, top_p, top_k, min_p, repeat_penalty, seed)
-    session = load_session(model, SessionOptions(ctx, chunk, slack, device, dtype), quiet)
+    session = load_session(model, SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv), quiet)
     token_ids = session.tokenizer.encode(text, bos=True) if raw else _chat_ids(session, system, text)
     completion = session.complete(
         token_ids, params, max_tokens=max_tokens, stop=stop or (), continues_text=raw

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistralcli.cli import console
-from mistralcli.cli.options import DEFAULT_SLACK, Chunk, Ctx, Device, DType, Slack
+from mistralcli.cli.options import Chunk, Ctx, Device, DType, Slack
 from mistralcli.units import size_text
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def show(
     model: Annotated[str, typer.Argument(help="A Hub id, a local build's name, or a directory.")],
     ctx: Ctx = None,
     chunk: Chunk = None,
-    slack: Slack = DEFAULT_SLACK,
+    slack: Slack = None,
     device: Device = None,
     dtype: DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -40,19 +40,22 @@ def _plan(
     config: "ModelConfig",
     ctx: int | None,
     chunk: int | None,
-    slack: int,
+    slack: int | None,
     device: str | None,
     dtype: str | None,
 ) -> "MemoryPlan":
     from mistralcli.device import choose_device, choose_dtype, default_chunk, free_memory_bytes
-    from mistralcli.plan import check_ctx, default_ctx, demand_of, plan_memory
+    from mistralcli.plan import check_ctx, default_ctx, default_slack, demand_of, plan_memory
     from mistralcli.session import SessionOptions
 
     SessionOptions(ctx, chunk, slack)  # refuses what a run would refuse
     where = choose_device(device)
-    demand = demand_of(directory, choose_dtype(dtype, where), chunk or default_chunk(where), slack)
+    free_bytes = free_memory_bytes(where)
+    chunk = chunk or default_chunk(where, free_bytes)
+    slack = slack or default_slack(where, free_bytes)
+    demand = demand_of(directory, choose_dtype(dtype, where), chunk, slack, where.type)
     length = default_ctx(config) if ctx is None else check_ctx(config, ctx)
-    return plan_memory(config, demand, length, free_memory_bytes(where))
+    return plan_memory(config, demand, length, free_bytes)
 
 
 def _facts(model: str, directory: Path, config: "ModelConfig", plan: "MemoryPlan") -> dict[str, Any]:

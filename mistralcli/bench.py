@@ -197,13 +197,22 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device reads, measured now."""
+    """Bytes a second that the device reads, measured now, of as much as there is room for beside the model."""
     wanted = BANDWIDTH_BYTES.get(device.type, BANDWIDTH_BYTES["cpu"])
     if device.type == "cuda":
         torch.cuda.empty_cache()
     n_values = min(wanted, free_memory_bytes(device) // 4) // torch.int64.itemsize
-    data = torch.ones(n_values, dtype=torch.int64, device=device)
-    return cuda_bandwidth(data) if device.type == "cuda" else cpu_bandwidth(data, torch.get_num_threads())
+    while True:
+        try:
+            data = torch.ones(n_values, dtype=torch.int64, device=device)
+        except torch.OutOfMemoryError:  # the memory limit leaves less than is free
+            n_values //= 2
+        else:
+            return (
+                cuda_bandwidth(data)
+                if device.type == "cuda"
+                else cpu_bandwidth(data, torch.get_num_threads())
+            )
 
 
 def device_name(device: torch.device) -> str:

@@ -80,7 +80,8 @@ def tile_kernel(
     stored_row = out + (eight // 2 * 8 + eight % 2 * out_features if GATED else eight * 8)
     under_way = ()  # type: tuple[object, ...]
     for t in tl.static_range(DEPTH):
-        tile = _weight_tile(weight, scales, zeros, stored_row, warp + t * WARPS, t < N_TILES, n_words, n_groups,
+        more = tl.full([1, 1, 1, 1], t, tl.int32) < N_TILES
+        tile = _weight_tile(weight, scales, zeros, stored_row, warp + t * WARPS, more, n_words, n_groups,
                             quads_per_group, ASYMMETRIC, GROUPS, EVEN)  # fmt: skip
         under_way = under_way + (tile,)  # noqa: RUF005  Triton does not unpack
     if PDL:
@@ -93,8 +94,9 @@ def tile_kernel(
     for first in tl.range(0, N_TILES, DEPTH, num_stages=1):
         for d in tl.static_range(DEPTH):
             at = first + d
-            tile = _weight_tile(weight, scales, zeros, stored_row, warp + (at + DEPTH) * WARPS, at + DEPTH < N_TILES,
-                                n_words, n_groups, quads_per_group, ASYMMETRIC, GROUPS, EVEN)  # fmt: skip
+            more = tl.full([1, 1, 1, 1], at + DEPTH, tl.int32) < N_TILES
+            tile = _weight_tile(weight, scales, zeros, stored_row, warp + (at + DEPTH) * WARPS, more, n_words, n_groups,
+                                quads_per_group, ASYMMETRIC, GROUPS, EVEN)  # fmt: skip
             acc = _add_product(acc, under_way[0], x, x_row, warp + at * WARPS, n_words,
                                BITS, ASYMMETRIC, GROUPS, EVEN, PTX)  # fmt: skip
             under_way = under_way[1:] + (tile,)  # noqa: RUF005

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mistralcli.doctor import Finding
 
 _STATUS_WIDTH = len("problem") + 2
-_NAME_WIDTH = 20
+_NAME_WIDTH = 27
 _COLORS = {"ok": "32", "note": "33", "problem": "31"}
 
 

@@ -1,15 +1,22 @@
-"""What rounding activations adds to a quantized model: KL of the next token's distribution, on the CPU.
+"""What rounding activations adds to a quantized model: KL of the next token's distribution, and perplexity.
 
     python benchmarks/activation_kl.py MODEL TEXT [--tokens 2048]
 
-Decides `quant.kernels.matmul.ROUNDINGS`. The kernels' rounding (by quads, `quant.kernels.activations`) is repeated in
-plain PyTorch, so that no GPU is needed. For each scheme: KL(dense ‖ quantized), what the weights' own rounding costs,
-and KL(quantized ‖ quantized with rounded activations), in nats a token, with their ratio.
+For each scheme: KL(dense ‖ quantized), what the weights' own rounding costs, and KL(quantized ‖ quantized with rounded
+activations), in nats a token, with their ratio, and how the perplexity of the text changes. The roundings are
+
+    quads to int8, quads to half   the GPU's kernels (`quant.kernels.activations`), repeated in plain PyTorch so that no
+                                   GPU is needed; decides `quant.kernels.matmul.ROUNDINGS`
+    the CPU's kernels              themselves (`quant.kernels.cpu.rounding`), with what this processor has
+
+and what they are compared with is what `--exact` runs, so MISTRAL_CLI_KERNELS must not turn the kernels off.
 """
 
 import argparse
+import math
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,8 +46,8 @@ def to_half(x: torch.Tensor, columns: int) -> torch.Tensor:
     return ((quads / scale).half().float() * scale).flatten(-2)
 
 
-def load(directory: Path) -> Transformer:
-    return load_model(directory, device=torch.device("cpu"), dtype=torch.float32)
+def load(directory: Path, exact: bool = True) -> Transformer:
+    return load_model(directory, device=torch.device("cpu"), dtype=torch.float32, exact=exact)
 
 
 @torch.no_grad()
@@ -53,6 +60,13 @@ def log_probs(model: Transformer, ids: list[int]) -> torch.Tensor:
         hidden = model(part, torch.arange(part.shape[1])[None], cache)
         found.append(model.logits(hidden[0]).log_softmax(-1))
     return torch.cat(found)
+
+
+def log_perplexity(found: torch.Tensor, ids: list[int]) -> float:
+    """Nats a token of what `log_probs` found, but for the first token of each window."""
+    targets = torch.tensor(ids[1:])
+    nats = -found[:-1].gather(-1, targets[:, None])[:, 0]
+    return float(nats[torch.arange(1, len(ids)) % WINDOW != 0].mean())
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -73,12 +87,26 @@ def with_rounding(model: Transformer, rounding: Callable[[torch.Tensor, int], to
     ]
 
 
+def rounded_log_probs(
+    exact: Transformer, prepared: Transformer, ids: list[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each rounding makes of the log-probabilities, by its name."""
+    for name, rounding in (("quads to int8", to_int8), ("quads to half", to_half)):
+        hooks = with_rounding(exact, rounding)
+        yield name, log_probs(exact, ids)
+        for one in hooks:
+            one.remove()  # type: ignore[attr-defined]
+    yield "the CPU's kernels", log_probs(prepared, ids)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     options = parser.parse_args()
+    if os.environ.get("MISTRAL_CLI_KERNELS"):
+        parser.error("MISTRAL_CLI_KERNELS is set, and the kernels are what is measured")
     text = options.text.read_text(encoding="utf-8")
     ids = load_tokenizer(options.model).encode(text[: 8 * options.tokens])[: options.tokens]
     base = log_probs(load(options.model), ids)
@@ -91,13 +119,12 @@ def main() -> None:
             model = load(build)
             exact = log_probs(model, ids)
             own = kl(base, exact)
-            for name, rounding in (("int8", to_int8), ("half", to_half)):
-                hooks = with_rounding(model, rounding)
-                added = kl(exact, log_probs(model, ids))
-                for one in hooks:
-                    one.remove()  # type: ignore[attr-defined]
+            for name, rounded in rounded_log_probs(model, load(build, exact=False), ids):
+                added = kl(exact, rounded)
+                change = math.expm1(log_perplexity(rounded, ids) - log_perplexity(exact, ids))
                 print(
-                    f"{scheme.name}: KL {own:.2e}, {name} activations add {added:.2e}: {added / own:.2%}",
+                    f"{scheme.name}: KL {own:.2e}, {name} add {added:.2e}: {added / own:.2%}; "
+                    f"perplexity {change:+.2%}",
                     flush=True,
                 )
 

@@ -1,6 +1,6 @@
 """Which device and type a model runs with, and how much memory it has."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,8 +85,7 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes)
-    groups = Path("/proc/self/cgroup")
-    rooms = cgroup_rooms_bytes(groups.read_text() if groups.is_file() else "", Path("/sys/fs/cgroup"))
+    rooms = cgroup_rooms_bytes(own_cgroups(), Path("/sys/fs/cgroup"))
     return min([int(psutil.virtual_memory().available), *rooms])
 
 
@@ -120,20 +119,33 @@ def cap_memory(device: torch.device, size_bytes: int) -> None:
     )
 
 
-def cgroup_rooms_bytes(groups: str, root: Path) -> list[int]:
-    """What the control groups of a process and those above them still let it take, for each that has a limit.
+def own_cgroups() -> str:
+    """Which control groups this process is in, as Linux lists them."""
+    groups = Path("/proc/self/cgroup")
+    return groups.read_text() if groups.is_file() else ""
 
-    groups: the content of /proc/self/cgroup. root: where control groups are mounted. Version 1 keeps memory in
-    a folder of its own. A container may see paths that are not mounted in it; those above them count.
+
+def cgroup_folders(groups: str, root: Path, controllers: Collection[str]) -> Iterator[tuple[str, Path]]:
+    """The folders of a process's control groups and of those above them, each behind the controller that it is for.
+
+    groups: the content of /proc/self/cgroup. root: where control groups are mounted. Version 1 keeps a controller in
+    a folder of its own, version 2 has one tree without a name. A container may see paths that are not mounted in it;
+    those above them count.
     """
-    rooms = []
     for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        for controller in set(controllers.split(",")) & _CGROUP_FILES.keys():
+        _, names, path = line.split(":", 2)
+        for name in set(names.split(",")).intersection(controllers):
             group = Path(path.lstrip("/"))
-            folders = [root / controller / above for above in (group, *group.parents)]
-            rooms += [room for folder in folders if (room := _room_bytes(folder, controller)) is not None]
-    return rooms
+            yield from ((name, root / name / above) for above in (group, *group.parents))
+
+
+def cgroup_rooms_bytes(groups: str, root: Path) -> list[int]:
+    """What a process's control groups and those above them still let it take, for each that limits memory.
+
+    groups and root as in `cgroup_folders`.
+    """
+    rooms = (_room_bytes(folder, name) for name, folder in cgroup_folders(groups, root, _CGROUP_FILES))
+    return [room for room in rooms if room is not None]
 
 
 def _room_bytes(folder: Path, controller: str) -> int | None:

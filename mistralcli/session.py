@@ -34,9 +34,17 @@ from mistralcli.plan import (
     requested_plan,
 )
 from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.threads import set_threads
 from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from mistralcli.units import size_text
-from mistralcli.weights import OnProgress, load_model
+from mistralcli.weights import OnProgress, load_kernels, load_model
+
+_COMPILING = {
+    "cuda": ("compiling kernels for this GPU, which is done once and kept", 2.0),
+    "cpu": ("getting kernels for this CPU, which are compiled once and kept", 1.0),
+}
+"""What is said when that takes longer than so many seconds. A busy CPU can take as long to load what is kept (0.4 s on
+two free cores) as a free one to compile it (1.1 s), so the words are true of both."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class SessionOptions:
     memory_limit: int | None = None
     """Bytes that the process may take on a GPU; on the CPU, that the model is planned to take."""
     kv: str | None = None
+    threads: int | None = None
+    """Of the CPU, for all that the process computes there."""
+    exact: bool = False
+    """Float32 activations that no kernel of the CPU rounds."""
 
     def __post_init__(self) -> None:
         for name, value in (("chunk", self.chunk), ("slack", self.slack)):
@@ -277,14 +289,17 @@ def open_session(
     when kernels are being compiled.
 
     Raises:
-        UsageError: no such device, type or context length.
+        UsageError: no such device, type, number of threads or context length, or options that exclude each other.
         NotEnoughMemoryError: weights, cache and workspace do not fit, or memory ran out all the same.
         IntegrityError, MistralError: the checkpoint is damaged, or of a kind that is not supported.
     """
     started = time.perf_counter()
     config = read_config(directory)
+    set_threads(options.threads)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    if options.exact:
+        _require_exact(device, dtype)
     cache_dtype = choose_cache_dtype(options.kv, dtype)
     room = room_bytes(device, options.memory_limit)
     chunk = options.chunk or default_chunk(device, room)
@@ -301,8 +316,11 @@ def open_session(
     ):
         demand = demand_of(directory, dtype, chunk, slack, device.type, cache_dtype)
         plan = _plan(config, options, demand, device, room, on_note)
-        model = load_model(directory, device=device, dtype=dtype, on_progress=on_progress)
-    with _told_if_slow(on_note, "compiling kernels for this GPU, which is done once and kept"):
+        model = load_model(
+            directory, device=device, dtype=dtype, exact=options.exact, on_progress=on_progress
+        )
+    with _told_if_slow(on_note, *_COMPILING.get(device.type, _COMPILING["cpu"])):
+        load_kernels(model)
         engine = Engine(
             model,
             max_seq_len=plan.ctx,
@@ -318,7 +336,7 @@ def open_session(
 
 
 @contextlib.contextmanager
-def _told_if_slow(on_note: Callable[[str], None], message: str, after_s: float = 2.0) -> Iterator[None]:
+def _told_if_slow(on_note: Callable[[str], None], message: str, after_s: float) -> Iterator[None]:
     """Say it when what is done here takes longer than that."""
     timer = threading.Timer(after_s, on_note, [message])
     timer.start()
@@ -348,6 +366,20 @@ def _plan(
     if plan.ctx < default_ctx(config):
         on_note(f"context shortened to {plan.ctx} tokens, which is what fits in memory: {plan.describe()}")
     return plan
+
+
+def _require_exact(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UsageError where activations would be rounded all the same: a note would be overlooked in a pipe."""
+    if device.type == "cuda":
+        raise UsageError(
+            f"--exact is for the CPU: on {device.type} activations have 16 bits, or 8 in matmuls with int4",
+            "add --device cpu, or leave --exact out",
+        )
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--exact computes in float32, not in {name}", "leave one of --exact and --dtype out"
+        )
 
 
 def _check_limit(device: torch.device, limit_bytes: int | None) -> None:

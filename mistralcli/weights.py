@@ -197,9 +197,16 @@ def _translated(name: str) -> str:
 
 
 def load_model(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, on_progress: OnProgress | None = None
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    exact: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Transformer:
     """The model in `directory`, ready to run on `device`, its dense weights in `dtype`.
+
+    `exact` leaves quantized layers as they are stored: they compute with activations that are not rounded.
 
     Tensors are loaded one at a time into a model without storage, so that peak memory is the loaded model plus
     one tensor. An untied embedding stays in the type it is stored in: only the rows that are looked up are cast.
@@ -220,6 +227,8 @@ def load_model(
         for (name, module), tensors in zip(modules.items(), loading, strict=True):
             if isinstance(module, QuantizedLinear):
                 _load_quantized(checkpoint, name, module, tensors, device)
+                if not exact:
+                    module.prepare()
             else:
                 keep = isinstance(module, Embedding) and not config.tied_embeddings
                 module.weight = _parameter(tensors[f"{name}.weight"], device, None if keep else dtype)
@@ -228,6 +237,13 @@ def load_model(
             if on_progress is not None:
                 on_progress(done, sum(sizes.values()))
     return model.eval().requires_grad_(False)
+
+
+def load_kernels(model: Transformer) -> None:
+    """Get the kernels of quantized layers before a prompt needs them: compiled, or loaded from where they are kept."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.load_kernels()
 
 
 def _mapped(
@@ -385,7 +401,6 @@ def _load_quantized(
 ) -> None:
     try:
         module.load_stored({key: tensors[f"{name}.{key}"] for key in module.stored()}, device)
-        module.prepare()
     except IntegrityError as error:
         raise IntegrityError(f"{name} in {checkpoint.directory}: {error.message}", error.hint) from error
 

@@ -36,6 +36,9 @@ class QuantizedLinear(nn.Module, ABC):
         Kernels may round activations; a layer that was not prepared computes with them as they are.
         """
 
+    def load_kernels(self) -> None:
+        """Compile or load the kernels that a product takes, so that the first takes no longer than others."""
+
     @abstractmethod
     def dense_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the dequantized weight, (stop − start, in_features) float32."""

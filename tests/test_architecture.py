@@ -25,6 +25,7 @@ LAYERS = [
         "mistralcli.ops",
         "mistralcli.kernels",
         "mistralcli.device",
+        "mistralcli.threads",
         "mistralcli.staged_reading",
         "mistralcli.nvml",
     ],

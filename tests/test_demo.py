@@ -22,9 +22,10 @@ STORY = "Tell me a story about a fox."
 def test_without_a_model_the_demo_answers_and_says_so_with_the_command_for_a_real_one(tmp_path: Path) -> None:
     done = mistral("run", STORY, "-t", "0", "-n", "80", home=tmp_path)
     assert done.returncode == 0 and "fox" in done.stdout
-    note, statistics = done.stderr.splitlines()
+    note, *compiling, statistics = done.stderr.splitlines()
     assert "demo" in note and "mistral pull mistralai/" in note
     assert statistics.startswith("prompt ")
+    assert not compiling or "kernels" in compiling[0]  # where this is the first that runs here
 
 
 def test_the_demo_answers_a_pipe_and_a_piped_chat(tmp_path: Path) -> None:

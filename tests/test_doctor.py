@@ -258,7 +258,9 @@ def test_a_pipe_gets_aligned_plain_lines_and_problems_with_what_to_do_below(
     for line in done.stdout.splitlines():
         assert re.match(r"(ok|note|problem) +\S.{25} \S|" + " " * 36 + r"\S", line), line
     assert done.stdout.startswith("ok       python                     3.")
-    shown = f"problem  hub                        HF_ENDPOINT is no address\n{' ' * 36}write it as https://HOST"
+    shown = (
+        f"problem  hub                        HF_ENDPOINT is no address\n{' ' * 36}write it as https://HOST"
+    )
     assert shown in done.stdout
 
 

@@ -113,6 +113,18 @@ KV = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="Threads of the CPU (default: one a core).", rich_help_panel=_ENGINE),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="On the CPU, do not round activations for int4 and int8 weights: slower.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 MemoryLimit = Annotated[
     int | None,
     typer.Option(

@@ -11,7 +11,7 @@ import typer
 from mistralcli.cli import console
 from mistralcli.cli.answers import load_session
 from mistralcli.cli.commands.list_models import table
-from mistralcli.cli.options import KV, Chunk, Ctx, Device, DType, MemoryLimit, Model, Slack
+from mistralcli.cli.options import KV, Chunk, Ctx, Device, DType, Exact, MemoryLimit, Model, Slack, Threads
 from mistralcli.errors import UsageError
 from mistralcli.units import size_text
 
@@ -52,6 +52,8 @@ def bench(
     dtype: DType = None,
     memory_limit: MemoryLimit = None,
     kv: KV = None,
+    threads: Threads = None,
+    exact: Exact = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
@@ -68,7 +70,7 @@ def bench(
     from mistralcli.bench import default_options, run_bench
     from mistralcli.session import SessionOptions
 
-    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv)
+    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
     session = load_session(model, options, quiet)
     chosen = _chosen(default_options(session.engine.device, quick), prompts, positions, n_tokens, repeats)
     report = run_bench(session, chosen, _silent if quiet else _say_step).as_dict()

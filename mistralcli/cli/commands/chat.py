@@ -14,6 +14,7 @@ from mistralcli.cli.options import (
     Ctx,
     Device,
     DType,
+    Exact,
     MaxTokens,
     MemoryLimit,
     MinP,
@@ -23,6 +24,7 @@ from mistralcli.cli.options import (
     Slack,
     System,
     Temperature,
+    Threads,
     TopK,
     TopP,
 )
@@ -52,6 +54,8 @@ def chat(
     dtype: DType = None,
     memory_limit: MemoryLimit = None,
     kv: KV = None,
+    threads: Threads = None,
+    exact: Exact = False,
 ) -> None:
     """Talk with a model. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -66,7 +70,7 @@ def chat(
     state = ChatState(Conversation().with_system(system), params)
     state = with_setting(state, "max_tokens", max_tokens)  # refuses what /set and a saved chat would refuse
     message = None if console.is_terminal(sys.stdin) else read_prompt(None, None)
-    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv)
+    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
     session = load_session(_one_model(context, named, model), options, quiet=False)
     console.note(session.describe())
     if message is None:

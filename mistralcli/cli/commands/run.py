@@ -16,6 +16,7 @@ from mistralcli.cli.options import (
     Ctx,
     Device,
     DType,
+    Exact,
     MaxTokens,
     MemoryLimit,
     MinP,
@@ -25,6 +26,7 @@ from mistralcli.cli.options import (
     Slack,
     System,
     Temperature,
+    Threads,
     TopK,
     TopP,
     stop_texts,
@@ -69,6 +71,8 @@ def run(
     dtype: DType = None,
     memory_limit: MemoryLimit = None,
     kv: KV = None,
+    threads: Threads = None,
+    exact: Exact = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
     ] = False,
@@ -85,7 +89,8 @@ def run(
     from mistralcli.session import SessionOptions
 
     params = SamplingParams(temperature, top_p, top_k, min_p, repeat_penalty, seed)
-    session = load_session(model, SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv), quiet)
+    options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
+    session = load_session(model, options, quiet)
     token_ids = session.tokenizer.encode(text, bos=True) if raw else _chat_ids(session, system, text)
     completion = session.complete(
         token_ids, params, max_tokens=max_tokens, stop=stop or (), continues_text=raw

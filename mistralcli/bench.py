@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mistralcli import __version__
-from mistralcli.device import OUTSIDE_TORCH_BYTES, free_memory_bytes, taken_bytes
+from mistralcli.device import OUTSIDE_TORCH_BYTES, room_bytes, taken_bytes
 from mistralcli.doctor.bandwidth import cpu_bandwidth, cuda_bandwidth
 from mistralcli.engine import Engine
 from mistralcli.errors import UsageError
@@ -104,8 +104,16 @@ def fitting(options: BenchOptions, ctx: int) -> BenchOptions:
     return BenchOptions(prompts, positions, n_tokens, options.repeats)
 
 
-def run_bench(session: Session, options: BenchOptions, on_step: Callable[[str], None]) -> BenchReport:
-    """Measure a loaded model; `on_step` is told what is being measured."""
+def run_bench(
+    session: Session,
+    options: BenchOptions,
+    on_step: Callable[[str], None],
+    read_bytes_per_s: float | None = None,
+) -> BenchReport:
+    """Measure a loaded model; `on_step` is told what is being measured.
+
+    read_bytes_per_s: what `read_bandwidth` gave before the model took the memory; without it, it is measured behind.
+    """
     engine, options = session.engine, fitting(options, session.max_seq_len)
     prefill, decode = [], []
     for n_tokens in options.prompts:
@@ -116,8 +124,9 @@ def run_bench(session: Session, options: BenchOptions, on_step: Callable[[str], 
         on_step(f"decoding from {position} positions on")
         speeds[position] = _decode_tokens_per_s(engine, position, options)
     peak = peak_bytes(engine.device)
-    on_step("memory bandwidth")
-    read = read_bandwidth(engine.device)
+    if read_bytes_per_s is None:
+        on_step("memory bandwidth")
+    read = read_bytes_per_s or read_bandwidth(engine.device)
     for position, speed in speeds.items():
         n_bytes = bytes_per_token(engine, position + options.n_tokens // 2)
         decode.append(Decoding(position, speed, n_bytes, n_bytes * speed / read))
@@ -196,23 +205,17 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device reads, measured now, of as much as there is room for beside the model."""
+def read_bandwidth(device: torch.device, limit_bytes: int | None = None) -> float:
+    """Bytes a second that the device reads, measured now, of a quarter of the room at most."""
     wanted = BANDWIDTH_BYTES.get(device.type, BANDWIDTH_BYTES["cpu"])
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    n_values = min(wanted, free_memory_bytes(device) // 4) // torch.int64.itemsize
-    while True:
-        try:
-            data = torch.ones(n_values, dtype=torch.int64, device=device)
-        except torch.OutOfMemoryError:  # the memory limit leaves less than is free
-            n_values //= 2
-        else:
-            return (
-                cuda_bandwidth(data)
-                if device.type == "cuda"
-                else cpu_bandwidth(data, torch.get_num_threads())
-            )
+    n_values = min(wanted, room_bytes(device, limit_bytes) // 4) // torch.int64.itemsize
+    data = torch.ones(n_values, dtype=torch.int64, device=device)
+    if device.type != "cuda":
+        return cpu_bandwidth(data, torch.get_num_threads())
+    read = cuda_bandwidth(data)
+    del data
+    torch.cuda.empty_cache()
+    return read
 
 
 def device_name(device: torch.device) -> str:

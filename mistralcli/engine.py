@@ -20,8 +20,8 @@ FinishReason = Literal["stop", "length"]
 ChooseToken = Callable[[torch.Tensor, Sequence[int]], int]
 """A sampler: logits (vocab_size,) and the ids so far to the next id."""
 
-WARM_UP_TOKENS = 160
-"""More rows than the largest tile of a kernel has."""
+WARM_UP_TOKENS = (160, 2)
+"""More rows than the largest tile of a kernel has, and as few as go through the kernels for few rows."""
 
 
 class Engine:
@@ -66,7 +66,7 @@ class Engine:
         self.decoder = self._make_decoder()
         self._captured = None if self.decoder is None else CapturedForward(model, self.cache, chunk)
         if self.decoder is not None:
-            self._warm_up()
+            self._warm_up(self.decoder)
 
     def _make_decoder(self) -> "Decoder | None":
         """The captured step, where the device is CUDA and its kernels know the model."""
@@ -81,12 +81,13 @@ class Engine:
         with out_of_memory_as(f"{self.device} ran out of memory for one step", "ask for a shorter --ctx"):
             return Decoder(self.model, self.cache)
 
-    def _warm_up(self) -> None:
-        """Compile the kernels of pre-fill now, or load them from Triton's cache, so that no prompt waits for it."""
-        n_tokens = min(WARM_UP_TOKENS, self.chunk, self.max_seq_len - 1)
-        self._extend([0] * n_tokens)
-        self.cache.rewind(0)
-        self.token_ids = []
+    def _warm_up(self, decoder: "Decoder") -> None:
+        """Compile what a prompt takes besides the captured step now, or load it from Triton's cache."""
+        for wanted in WARM_UP_TOKENS:
+            logits = self._extend([0] * min(wanted, self.chunk, self.max_seq_len - 1))
+            decoder.sampler.sample(logits.expand(len(decoder.token_ids), -1).contiguous(), decoder.token_ids)
+            self.cache.rewind(0)
+            self.token_ids = []
 
     def generate(
         self,

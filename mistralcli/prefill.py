@@ -30,7 +30,7 @@ class CapturedForward:
         self._model = model
         self._cache = cache
         self._lengths = [length for length in LENGTHS if length < chunk] + [chunk]
-        self._chunks: dict[int, _Chunk] = {}
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
         self._on_cuda = cache.last.device.type == "cuda"
         # Memory that is freed on one stream is not used again on another.
         self._stream = torch.cuda.Stream(cache.last.device) if self._on_cuda else None
@@ -45,9 +45,10 @@ class CapturedForward:
                 return self._forward(
                     token_ids.to(self._cache.last.device), self._cache.begin(positions), positions
                 )
-        chunk = self._chunks.get(length)
+        shape = (len(token_ids), length)
+        chunk = self._chunks.get(shape)
         if chunk is None:
-            chunk = self._chunks[length] = _Chunk.empty(len(token_ids), length, self._cache.last.device)
+            chunk = self._chunks[shape] = _Chunk.empty(*shape, self._cache.last.device)
         self._cache.note(positions)
         chunk.fill(token_ids, positions)
         return self._run(chunk)[:, :n_tokens]

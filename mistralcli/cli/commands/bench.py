@@ -67,13 +67,17 @@ def bench(
     Decoding reads all weights for each token, so the bandwidth bounds it. Each figure is a median of several runs.
     """
     before = None if against is None else read_report(against)
-    from mistralcli.bench import default_options, run_bench
+    from mistralcli.bench import default_options, read_bandwidth, run_bench
+    from mistralcli.device import choose_device
     from mistralcli.session import SessionOptions
 
     options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
+    where = choose_device(device)
+    # A GPU has room for it now; a CPU gets its threads with the model.
+    read = read_bandwidth(where, memory_limit) if where.type == "cuda" else None
     session = load_session(model, options, quiet)
-    chosen = _chosen(default_options(session.engine.device, quick), prompts, positions, n_tokens, repeats)
-    report = run_bench(session, chosen, _silent if quiet else _say_step).as_dict()
+    chosen = _chosen(default_options(where, quick), prompts, positions, n_tokens, repeats)
+    report = run_bench(session, chosen, _silent if quiet else _say_step, read).as_dict()
     if before is not None and not quiet:
         _warn_of_other_conditions(report, before)
     if as_json:

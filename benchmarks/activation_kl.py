@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from distributions import kl_by_token, log_probs
 from torch import nn
 
-from mistralcli.cache import KVCache
 from mistralcli.model import Transformer
 from mistralcli.tokenizer import load_tokenizer
 from mistralcli.weights import load_model, open_checkpoint
@@ -50,27 +50,11 @@ def load(directory: Path, exact: bool = True) -> Transformer:
     return load_model(directory, device=torch.device("cpu"), dtype=torch.float32, exact=exact)
 
 
-@torch.no_grad()
-def log_probs(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """(n_tokens, vocab_size), window by window."""
-    found = []
-    for start in range(0, len(ids), WINDOW):
-        part = torch.tensor(ids[start : start + WINDOW])[None]
-        cache = KVCache(model.config, max_seq_len=WINDOW)
-        hidden = model(part, torch.arange(part.shape[1])[None], cache)
-        found.append(model.logits(hidden[0]).log_softmax(-1))
-    return torch.cat(found)
-
-
 def log_perplexity(found: torch.Tensor, ids: list[int]) -> float:
     """Nats a token of what `log_probs` found, but for the first token of each window."""
     targets = torch.tensor(ids[1:])
     nats = -found[:-1].gather(-1, targets[:, None])[:, 0]
     return float(nats[torch.arange(1, len(ids)) % WINDOW != 0].mean())
-
-
-def kl(p: torch.Tensor, q: torch.Tensor) -> float:
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def with_rounding(model: Transformer, rounding: Callable[[torch.Tensor, int], torch.Tensor]) -> list[object]:
@@ -93,10 +77,10 @@ def rounded_log_probs(
     """What each rounding makes of the log-probabilities, by its name."""
     for name, rounding in (("quads to int8", to_int8), ("quads to half", to_half)):
         hooks = with_rounding(exact, rounding)
-        yield name, log_probs(exact, ids)
+        yield name, log_probs(exact, ids, WINDOW)
         for one in hooks:
             one.remove()  # type: ignore[attr-defined]
-    yield "the CPU's kernels", log_probs(prepared, ids)
+    yield "the CPU's kernels", log_probs(prepared, ids, WINDOW)
 
 
 def main() -> None:
@@ -109,7 +93,7 @@ def main() -> None:
         parser.error("MISTRAL_CLI_KERNELS is set, and the kernels are what is measured")
     text = options.text.read_text(encoding="utf-8")
     ids = load_tokenizer(options.model).encode(text[: 8 * options.tokens])[: options.tokens]
-    base = log_probs(load(options.model), ids)
+    base = log_probs(load(options.model), ids, WINDOW)
     for scheme in (Affine(4, 32), Affine(4, 128), Affine(8)):
         with tempfile.TemporaryDirectory() as folder:
             build = Path(folder) / "build"
@@ -117,10 +101,10 @@ def main() -> None:
                 open_checkpoint(options.model), options.model, build, scheme, head_scheme=None
             )
             model = load(build)
-            exact = log_probs(model, ids)
-            own = kl(base, exact)
+            exact = log_probs(model, ids, WINDOW)
+            own = float(kl_by_token(base, exact).mean())
             for name, rounded in rounded_log_probs(model, load(build, exact=False), ids):
-                added = kl(exact, rounded)
+                added = float(kl_by_token(exact, rounded).mean())
                 change = math.expm1(log_perplexity(rounded, ids) - log_perplexity(exact, ids))
                 print(
                     f"{scheme.name}: KL {own:.2e}, {name} add {added:.2e}: {added / own:.2%}; "

@@ -11,27 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from distributions import kl_by_token, log_probs
 
-from mistralcli.cache import KVCache
-from mistralcli.model import Transformer
 from mistralcli.tokenizer import load_tokenizer
 from mistralcli.weights import load_model
 
 WINDOW, CHUNK = 1024, 128
-
-
-@torch.no_grad()
-def log_probs(model: Transformer, ids: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """(n_tokens, vocab_size), window by window."""
-    found = []
-    for start in range(0, len(ids), WINDOW):
-        window = torch.tensor(ids[start : start + WINDOW])[None]
-        cache = KVCache(model.config, max_seq_len=WINDOW, dtype=dtype)
-        for first in range(0, window.shape[1], CHUNK):
-            part = window[:, first : first + CHUNK]
-            hidden = model(part, torch.arange(first, first + part.shape[1])[None], cache)
-            found.append(model.logits(hidden[0]).log_softmax(-1))
-    return torch.cat(found)
 
 
 def main() -> None:
@@ -43,12 +28,12 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")
     ids = load_tokenizer(options.model).encode(text[: 8 * options.tokens])[: options.tokens]
     model = load_model(options.model, device=torch.device("cpu"), dtype=torch.float32)
-    exact = log_probs(model, ids, torch.float32)
+    exact = log_probs(model, ids, WINDOW, CHUNK)
     entropy = float(-(exact.exp() * exact).sum(-1).mean())
     print(f"{len(ids)} tokens, entropy {entropy:.2f} nats", flush=True)
     for dtype in (torch.bfloat16, torch.int8):
-        rounded = log_probs(model, ids, dtype)
-        kl = (exact.exp() * (exact - rounded)).sum(-1)
+        rounded = log_probs(model, ids, WINDOW, CHUNK, dtype)
+        kl = kl_by_token(exact, rounded)
         same = (exact.argmax(-1) == rounded.argmax(-1)).float().mean()
         print(
             f"{str(dtype).removeprefix('torch.')} cache: KL mean {float(kl.mean()):.2e}, 99th percentile "

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from shapes import MISTRAL_7B
 
 from mistralcli.cache import KVCache
 from mistralcli.config import ModelConfig
@@ -22,22 +23,6 @@ from mistralcli.sampling import SamplingParams
 from quant.kernels.matvec import Weight
 from quant.schemes.affine import Affine, AffineLinear
 
-MISTRAL_7B = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=14336,
-    vocab_size=32768,
-    norm_eps=1e-5,
-    rope_theta=1e6,
-    max_seq_len=32768,
-    sliding_windows=(None,) * 32,
-    tied_embeddings=False,
-    eos_ids=(),
-    dtype="bfloat16",
-)
 STEPS, REPEATS = 64, 5
 
 

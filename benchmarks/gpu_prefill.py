@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from gpu_decode import MISTRAL_7B, median_s, random_model
+from gpu_decode import median_s, random_model
+from shapes import MISTRAL_7B
 
 from mistralcli.cache import DEFAULT_SLACK, KVCache
 from mistralcli.device import LARGE_CUDA_CHUNK, LARGE_CUDA_SLACK

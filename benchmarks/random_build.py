@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from shapes import MISTRAL_7B
 
 from mistralcli.config import ModelConfig, hugging_face_config
 from mistralcli.demo import demo_directory
@@ -20,27 +21,10 @@ from quant.tensors import TensorSpec
 
 LAYERS, HEAD = Affine(4, 128), Affine(8, 128)
 
-MISTRAL_7B = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=14336,
-    vocab_size=32768,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=32768,
-    sliding_windows=(4096,) * 32,
-    tied_embeddings=False,
-    eos_ids=(2,),
-    dtype="bfloat16",
-)
-
 
 def write_build(directory: Path, n_layers: int = 32) -> Path:
     """Write it, with the demo's tokenizer, and return its one file of weights."""
-    config = replace(MISTRAL_7B, n_layers=n_layers, sliding_windows=(4096,) * n_layers)
+    config = replace(MISTRAL_7B, n_layers=n_layers, sliding_windows=(4096,) * n_layers, eos_ids=(2,))
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_directory() / name, directory / name)

@@ -9,6 +9,7 @@ from tokenizer_files import official_file
 from transformers import AutoModelForCausalLM, MinistralConfig, MistralConfig, PreTrainedModel
 
 from mistralcli.cache import KVCache
+from mistralcli.config import ModelConfig
 from mistralcli.device import DTYPES
 from mistralcli.model import Transformer
 from mistralcli.weights import load_model
@@ -30,6 +31,25 @@ SMALL = {
     "eos_token_id": 2,
 }
 """A Mistral of 100 thousand parameters, its weights wide enough for logits that differ clearly."""
+
+
+MISTRAL_7B = ModelConfig(
+    dim=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    hidden_dim=14336,
+    vocab_size=32768,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    max_seq_len=32768,
+    sliding_windows=(4096,) * 32,
+    tied_embeddings=False,
+    eos_ids=(),
+    dtype="bfloat16",
+)
+"""With a sliding window of 4,096."""
 
 
 def random_checkpoint(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import load, random_checkpoint, token_ids
+from models import MISTRAL_7B, load, random_checkpoint, token_ids
 
 from mistralcli.cache import GROWTH_SLOTS, KVCache, Ring, Seen, cache_size_bytes, quantized
 from mistralcli.config import ModelConfig
@@ -12,23 +12,6 @@ from mistralcli.engine import Engine
 from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
 from mistralcli.ops import attention
-
-MISTRAL_7B = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=14336,
-    vocab_size=32000,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_seq_len=32768,
-    sliding_windows=(4096,) * 32,
-    tied_embeddings=False,
-    eos_ids=(2,),
-    dtype="bfloat16",
-)
 
 
 def greedy(logits: torch.Tensor, so_far: object) -> int:

@@ -7,32 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_instruct_checkpoint
+from models import MISTRAL_7B, tiny_instruct_checkpoint
 from program import assert_one_sentence, mistral
 
 from mistralcli import device, session
-from mistralcli.config import ModelConfig, read_config
+from mistralcli.config import read_config
 from mistralcli.demo import demo_directory
 from mistralcli.plan import Demand, plan_memory, requested_plan
 from mistralcli.session import SessionOptions, open_session
 from mistralcli.units import parse_size
 
-MISTRAL_7B = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=14336,
-    vocab_size=32768,
-    norm_eps=1e-5,
-    rope_theta=1e6,
-    max_seq_len=32768,
-    sliding_windows=(4096,) * 32,
-    tied_embeddings=False,
-    eos_ids=(),
-    dtype="bfloat16",
-)
 WEIGHTS_7B = 4_003_999_248
 """int4 in groups of 128, the head int8, the embedding bfloat16."""
 

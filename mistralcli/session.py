@@ -297,13 +297,10 @@ def open_session(
     config = read_config(directory)
     set_threads(options.threads)
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    if options.exact:
-        _require_exact(device, dtype)
-    cache_dtype = choose_cache_dtype(options.kv, dtype)
     room = room_bytes(device, options.memory_limit)
-    chunk = options.chunk or default_chunk(device, room)
-    slack = options.slack or default_slack(device, room)
+    demand = demand_under(options, directory, device, room)
+    if options.exact:
+        _require_exact(device, demand.dtype)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise IntegrityError(
@@ -314,25 +311,42 @@ def open_session(
         f"memory ran out while loading {directory}",
         "close other programs, or make a smaller build with `mistral quantize --bits 4`",
     ):
-        demand = demand_of(directory, dtype, chunk, slack, device.type, cache_dtype)
         plan = _plan(config, options, demand, device, room, on_note)
         model = load_model(
-            directory, device=device, dtype=dtype, exact=options.exact, on_progress=on_progress
+            directory, device=device, dtype=demand.dtype, exact=options.exact, on_progress=on_progress
         )
     with _told_if_slow(on_note, *_COMPILING.get(device.type, _COMPILING["cpu"])):
         load_kernels(model)
         engine = Engine(
             model,
             max_seq_len=plan.ctx,
-            chunk=chunk,
-            slack=slack,
+            chunk=demand.chunk,
+            slack=demand.slack,
             device=device,
-            cache_dtype=cache_dtype,
+            cache_dtype=demand.cache_dtype,
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what was used to load and to join
         _check_limit(device, options.memory_limit)
     return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
+
+
+def demand_under(options: SessionOptions, directory: Path, device: torch.device, room_bytes: int) -> Demand:
+    """What a run of the model in `directory` asks for; the options' gaps are filled by what the device has room for.
+
+    Raises:
+        UsageError: no such type.
+        IntegrityError, MistralError: the files' headers are damaged, or of a kind that is not supported.
+    """
+    dtype = choose_dtype(options.dtype, device)
+    return demand_of(
+        directory,
+        dtype,
+        options.chunk or default_chunk(device, room_bytes),
+        options.slack or default_slack(device, room_bytes),
+        device.type,
+        choose_cache_dtype(options.kv, dtype),
+    )
 
 
 @contextlib.contextmanager

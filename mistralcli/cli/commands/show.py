@@ -44,16 +44,14 @@ def _plan(
     device: str | None,
     dtype: str | None,
 ) -> "MemoryPlan":
-    from mistralcli.device import choose_device, choose_dtype, default_chunk, free_memory_bytes
-    from mistralcli.plan import check_ctx, default_ctx, default_slack, demand_of, plan_memory
-    from mistralcli.session import SessionOptions
+    from mistralcli.device import choose_device, free_memory_bytes
+    from mistralcli.plan import check_ctx, default_ctx, plan_memory
+    from mistralcli.session import SessionOptions, demand_under
 
-    SessionOptions(ctx, chunk, slack)  # refuses what a run would refuse
+    options = SessionOptions(ctx, chunk, slack, device, dtype)  # refuses what a run would refuse
     where = choose_device(device)
     free_bytes = free_memory_bytes(where)
-    chunk = chunk or default_chunk(where, free_bytes)
-    slack = slack or default_slack(where, free_bytes)
-    demand = demand_of(directory, choose_dtype(dtype, where), chunk, slack, where.type)
+    demand = demand_under(options, directory, where, free_bytes)
     length = default_ctx(config) if ctx is None else check_ctx(config, ctx)
     return plan_memory(config, demand, length, free_bytes)
 

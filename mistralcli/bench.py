@@ -18,16 +18,14 @@ from typing import Any
 import torch
 
 from mistralcli import __version__
-from mistralcli.device import OUTSIDE_TORCH_BYTES, room_bytes, taken_bytes
-from mistralcli.doctor.bandwidth import cpu_bandwidth, cuda_bandwidth
+from mistralcli.device import OUTSIDE_TORCH_BYTES, taken_bytes
+from mistralcli.doctor.bandwidth import cpu_bandwidth, cuda_bandwidth, data_to_read
 from mistralcli.engine import Engine
 from mistralcli.errors import UsageError
 from mistralcli.model import Transformer
 from mistralcli.sampling import Sampler, SamplingParams
 from mistralcli.session import Session
 from quant.schemes.affine import AffineLinear
-
-BANDWIDTH_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
 
 
 @dataclass(frozen=True)
@@ -206,10 +204,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def read_bandwidth(device: torch.device, limit_bytes: int | None = None) -> float:
-    """Bytes a second that the device reads, measured now, of a quarter of the room at most."""
-    wanted = BANDWIDTH_BYTES.get(device.type, BANDWIDTH_BYTES["cpu"])
-    n_values = min(wanted, room_bytes(device, limit_bytes) // 4) // torch.int64.itemsize
-    data = torch.ones(n_values, dtype=torch.int64, device=device)
+    """Bytes a second that the device reads, measured now, within a limit on the process."""
+    data = data_to_read(device, limit_bytes)
     if device.type != "cuda":
         return cpu_bandwidth(data, torch.get_num_threads())
     read = cuda_bandwidth(data)

@@ -12,9 +12,8 @@ from mistralcli.doctor.findings import Context, Finding, guarded
 if TYPE_CHECKING:
     import torch
 
-_CPU_BYTES = 512 << 20
+_READ_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}
 """Larger than the last-level cache of nearly every machine."""
-_CUDA_BYTES = 1 << 30
 _N_READS = 8
 
 _LAYER_WEIGHTS = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
@@ -41,24 +40,25 @@ def _describe_cpu() -> tuple[float, str]:
     import torch
 
     n_threads = torch.get_num_threads()
-    data = _data(torch.device("cpu"), _CPU_BYTES)
+    data = data_to_read(torch.device("cpu"))
     one, all_of_them = cpu_bandwidth(data, 1), cpu_bandwidth(data, n_threads)
     threads = f"{n_threads} threads, {one / 1e9:.1f} with one" if n_threads > 1 else "one thread"
     return all_of_them, f"{all_of_them / 1e9:.1f} GB/s with {threads}"
 
 
 def _describe_cuda(device: "torch.device") -> tuple[float, str]:
-    bandwidth = cuda_bandwidth(_data(device, _CUDA_BYTES))
+    bandwidth = cuda_bandwidth(data_to_read(device))
     return bandwidth, f"{bandwidth / 1e9:.0f} GB/s"
 
 
-def _data(device: "torch.device", size_bytes: int) -> "torch.Tensor":
-    """`size_bytes` of integers, or fewer: a quarter of the memory that is free."""
+def data_to_read(device: "torch.device", limit_bytes: int | None = None) -> "torch.Tensor":
+    """Integers to measure with, a quarter at most of the memory that is free, or that a limit on the process leaves."""
     import torch
 
-    from mistralcli.device import free_memory_bytes
+    from mistralcli.device import room_bytes
 
-    n_values = min(size_bytes, free_memory_bytes(device) // 4) // torch.int64.itemsize
+    wanted = _READ_BYTES.get(device.type, _READ_BYTES["cpu"])
+    n_values = min(wanted, room_bytes(device, limit_bytes) // 4) // torch.int64.itemsize
     return torch.ones(n_values, dtype=torch.int64, device=device)
 
 

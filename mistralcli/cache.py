@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.nn.functional import pad
 
 from mistralcli.config import ModelConfig
 from mistralcli.device import out_of_memory_as
@@ -145,10 +146,10 @@ class LayerCache:
         if missing > 0:
             # All or none: memory may run out at the second.
             self.keys, self.values, self.key_scales, self.value_scales = (
-                _padded(self.keys, (0, 0, 0, missing)),
-                _padded(self.values, (0, 0, 0, missing)),
-                None if self.key_scales is None else _padded(self.key_scales, (0, missing)),
-                None if self.value_scales is None else _padded(self.value_scales, (0, missing)),
+                pad(self.keys, (0, 0, 0, missing)),
+                pad(self.values, (0, 0, 0, missing)),
+                None if self.key_scales is None else pad(self.key_scales, (0, missing)),
+                None if self.value_scales is None else pad(self.value_scales, (0, missing)),
             )
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
@@ -165,10 +166,6 @@ class LayerCache:
         key_scales = None if self.key_scales is None else self.key_scales[used]
         value_scales = None if self.value_scales is None else self.value_scales[used]
         return self.keys[used], self.values[used], seen, key_scales, value_scales
-
-
-def _padded(x: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
-    return torch.nn.functional.pad(x, padding)
 
 
 class KVCache:

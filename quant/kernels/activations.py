@@ -65,7 +65,7 @@ class Activations:
         """
         assert (rounding == "plain") == (bits == 16), f"{rounding} activations for weights of {bits} bits"
         assert in_features % BLOCK == 0, f"{in_features} in_features are no multiple of {BLOCK}"
-        if bits != 16 and n_rows >= TENSOR_CORE_ROWS and _has_tensor_cores(torch.device(device)):
+        if bits != 16 and n_rows >= TENSOR_CORE_ROWS and has_tensor_cores(torch.device(device)):
             rounding = "bfloat16"
         n_quads = 0 if rounding == "bfloat16" else in_features // quad_columns(bits)
         scales = torch.empty(n_rows, 2, n_quads, device=device)
@@ -101,7 +101,7 @@ def quad_columns(bits: int) -> int:
     return 128 // min(bits, 8)
 
 
-def _has_tensor_cores(device: torch.device) -> bool:
+def has_tensor_cores(device: torch.device) -> bool:
     """Whether products of bfloat16 run on tensor cores (from compute capability 8.0 on), or are interpreted."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quant import ops
-from quant.kernels.activations import Rounding, packed
+from quant.kernels.activations import Rounding, has_tensor_cores, packed
 from quant.kernels.matvec import MOST_ROWS, Weight, matvec
 from quant.kernels.ptx import dequantize_int4
 
@@ -81,7 +81,7 @@ def dequantize(weight: Weight, start: int, out: torch.Tensor) -> None:
         ASYMMETRIC=weight.zeros is not None,
         WORDS=WORDS,
         IN_PAIRS=in_pairs,
-        PTX=is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(out.device) >= (8, 0),
+        PTX=is_cuda and torch.version.hip is None and has_tensor_cores(out.device),
         num_warps=4,
     )
 

@@ -1,4 +1,4 @@
-"""Matmuls for 5 to 16 rows on tensor cores, from weights as they are stored, without shared memory or barriers.
+"""Matmuls for 4 to 16 rows on tensor cores, from weights as they are stored, without shared memory or barriers.
 
 With a few rows the arithmetic of `quant.kernels.matvec` costs more time than reading the weights; a tensor core takes 8
 rows at once. Here the weight is its left operand: 16 outputs at a time, and 8 or 16 rows are padded to, not 64.

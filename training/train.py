@@ -1,6 +1,6 @@
 """Train the demo model.
 
-    python -m training.train DATA STATE --seconds 540 --total-steps 5200
+    python -m training.train DATA STATE --seconds 540 --total-steps 6200
 
 Trains for at most `--seconds`, then saves everything to STATE/state.pt; the same command goes on from there until
 `--total-steps`. Every run ends with STATE/export, the model as a checkpoint (training/export.py), and training.json in

@@ -298,19 +298,19 @@ def open_session(
     set_threads(options.threads)
     device = choose_device(options.device)
     room = room_bytes(device, options.memory_limit)
-    demand = demand_under(options, directory, device, room)
-    if options.exact:
-        _require_exact(device, demand.dtype)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise IntegrityError(
-            f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}",
-            "tokenizer and weights are not of the same model: pull it again",
-        )
     with out_of_memory_as(
         f"memory ran out while loading {directory}",
         "close other programs, or make a smaller build with `mistral quantize --bits 4`",
     ):
+        demand = demand_under(options, directory, device, room)
+        if options.exact:
+            _require_exact(device, demand.dtype)
+        tokenizer = load_tokenizer(directory)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise IntegrityError(
+                f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}",
+                "tokenizer and weights are not of the same model: pull it again",
+            )
         plan = _plan(config, options, demand, device, room, on_note)
         model = load_model(
             directory, device=device, dtype=demand.dtype, exact=options.exact, on_progress=on_progress

@@ -68,7 +68,7 @@ except NotEnoughMemoryError as error:
 
 
 def test_memory_that_runs_out_while_loading_says_so(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The file of 6.5 MB can be mapped; then there is no room for the head in float32."""
+    """Of 8 MB the file takes 6.5 where it is mapped, for its headers or for its tensors; the head wants more."""
     command = [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, str(tiny_model_dir), "8000000"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path))
     assert f"memory ran out while loading {tiny_model_dir}" in done.stdout, done.stderr

@@ -3,7 +3,8 @@
     python benchmarks/activation_kl.py MODEL TEXT [--tokens 2048]
 
 For each scheme: KL(dense ‖ quantized), what the weights' own rounding costs, and KL(quantized ‖ quantized with rounded
-activations), in nats a token, with their ratio, and how the perplexity of the text changes. The roundings are
+activations), in nats a token, with their ratio, and how the perplexity of the text changes, with the standard error of
+that by the differences token by token. The roundings are
 
     quads to int8, quads to half   the GPU's kernels (`quant.kernels.activations`), repeated in plain PyTorch so that no
                                    GPU is needed; decides `quant.kernels.matmul.ROUNDINGS`
@@ -50,11 +51,17 @@ def load(directory: Path, exact: bool = True) -> Transformer:
     return load_model(directory, device=torch.device("cpu"), dtype=torch.float32, exact=exact)
 
 
-def log_perplexity(found: torch.Tensor, ids: list[int]) -> float:
-    """Nats a token of what `log_probs` found, but for the first token of each window."""
+def nats(found: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """Those of each token in what `log_probs` found, but for the first token of each window."""
     targets = torch.tensor(ids[1:])
-    nats = -found[:-1].gather(-1, targets[:, None])[:, 0]
-    return float(nats[torch.arange(1, len(ids)) % WINDOW != 0].mean())
+    all_of_them = -found[:-1].gather(-1, targets[:, None])[:, 0]
+    return all_of_them[torch.arange(1, len(ids)) % WINDOW != 0]
+
+
+def perplexity_change(rounded: torch.Tensor, exact: torch.Tensor, ids: list[int]) -> tuple[float, float]:
+    """By what share it is larger than the exact one, and the standard error of that."""
+    more = nats(rounded, ids) - nats(exact, ids)
+    return math.expm1(more.mean()), float(more.std()) / math.sqrt(len(more))
 
 
 def with_rounding(model: Transformer, rounding: Callable[[torch.Tensor, int], torch.Tensor]) -> list[object]:
@@ -105,10 +112,10 @@ def main() -> None:
             own = float(kl_by_token(base, exact).mean())
             for name, rounded in rounded_log_probs(model, load(build, exact=False), ids):
                 added = float(kl_by_token(exact, rounded).mean())
-                change = math.expm1(log_perplexity(rounded, ids) - log_perplexity(exact, ids))
+                change, error = perplexity_change(rounded, exact, ids)
                 print(
                     f"{scheme.name}: KL {own:.2e}, {name} add {added:.2e}: {added / own:.2%}; "
-                    f"perplexity {change:+.2%}",
+                    f"perplexity {change:+.2%} ± {error:.2%}",
                     flush=True,
                 )
 

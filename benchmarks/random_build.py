@@ -23,22 +23,28 @@ LAYERS, HEAD = Affine(4, 128), Affine(8, 128)
 
 
 def write_build(directory: Path, n_layers: int = 32) -> Path:
-    """Write it, with the demo's tokenizer, and return its one file of weights."""
+    """Write it, with a window of 4096, and return its one file of weights."""
     config = replace(MISTRAL_7B, n_layers=n_layers, sliding_windows=(4096,) * n_layers, eos_ids=(2,))
+    return write_build_of(config, directory, LAYERS, HEAD)
+
+
+def write_build_of(config: ModelConfig, directory: Path, layers: Affine, head: Affine) -> Path:
+    """Write one of any shape and symmetric schemes, with the demo's tokenizer; returns its one file of weights."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_directory() / name, directory / name)
-    stated = hugging_face_config(config) | {"quantization_config": _quantization()}
+    stated = hugging_face_config(config) | {"quantization_config": _quantization(layers, head)}
     (directory / "config.json").write_text(json.dumps(stated))
-    specs = dict(_specs(config))
+    specs = dict(_specs(config, layers, head))
     path = directory / "model.safetensors"
     with SafetensorsWriter(path, specs) as writer:
         for name, spec in specs.items():
-            writer.write(name, _content(name, spec, specs))
+            bits = (head if "lm_head" in name else layers).bits
+            writer.write(name, _content(name, spec, specs, bits))
     return path
 
 
-def _specs(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
+def _specs(config: ModelConfig, layers: Affine, head: Affine) -> Iterator[tuple[str, TensorSpec]]:
     dim, hidden, vocab = config.dim, config.hidden_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes = {
@@ -56,24 +62,23 @@ def _specs(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{i}.{norm}.weight", TensorSpec((dim,), torch.bfloat16)
         for name, shape in shapes.items():
-            for suffix, spec in LAYERS.specs(*shape, torch.bfloat16).items():
+            for suffix, spec in layers.specs(*shape, torch.bfloat16).items():
                 yield f"model.layers.{i}.{name}.{suffix}", spec
-    for suffix, spec in HEAD.specs(vocab, dim, torch.bfloat16).items():
+    for suffix, spec in head.specs(vocab, dim, torch.bfloat16).items():
         yield f"lm_head.{suffix}", spec
 
 
-def _content(name: str, spec: TensorSpec, specs: dict[str, TensorSpec]) -> torch.Tensor:
+def _content(name: str, spec: TensorSpec, specs: dict[str, TensorSpec], bits: int) -> torch.Tensor:
     """Random codes, scales and norms that keep activations at their size, and true shapes."""
     if name.endswith("weight_packed"):
         return torch.randint(-(2**31), 2**31 - 1, spec.shape, dtype=spec.dtype)
-    if name.endswith("weight_shape"):
-        rows, words = specs[name.replace("weight_shape", "weight_packed")].shape
-        return torch.tensor([rows, words * 32 // (HEAD if "lm_head" in name else LAYERS).bits])
-    if name.endswith("weight_scale"):
-        in_features = spec.shape[1] * 128
-        return torch.full(
-            spec.shape, in_features**-0.5 / (74 if "lm_head" in name else 4.6), dtype=spec.dtype
-        )
+    if name.endswith(("weight_shape", "weight_scale")):
+        rows, words = specs[f"{name.rpartition('.')[0]}.weight_packed"].shape
+        in_features = words * 32 // bits
+        if name.endswith("weight_shape"):
+            return torch.tensor([rows, in_features])
+        deviation = 4.6 if bits == 4 else 74  # of the codes
+        return torch.full(spec.shape, in_features**-0.5 / deviation, dtype=spec.dtype)
     return (
         torch.ones(spec.shape, dtype=spec.dtype)
         if len(spec.shape) == 1
@@ -81,7 +86,7 @@ def _content(name: str, spec: TensorSpec, specs: dict[str, TensorSpec]) -> torch
     )
 
 
-def _quantization() -> dict[str, object]:
+def _quantization(layers: Affine, head: Affine) -> dict[str, object]:
     def group(targets: list[str], scheme: Affine) -> dict[str, object]:
         weights = {
             "num_bits": scheme.bits,
@@ -97,7 +102,7 @@ def _quantization() -> dict[str, object]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": [],
-        "config_groups": {"group_0": group(["Linear"], LAYERS), "group_1": group(["re:.*lm_head$"], HEAD)},
+        "config_groups": {"group_0": group(["Linear"], layers), "group_1": group(["re:.*lm_head$"], head)},
     }
 
 

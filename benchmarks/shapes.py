@@ -1,5 +1,7 @@
 """The shapes that the benchmarks measure with."""
 
+from dataclasses import replace
+
 from mistralcli.config import ModelConfig
 
 MISTRAL_7B = ModelConfig(
@@ -18,3 +20,8 @@ MISTRAL_7B = ModelConfig(
     eos_ids=(),
     dtype="bfloat16",
 )
+
+MISTRAL_1B = replace(
+    MISTRAL_7B, dim=2048, n_layers=16, head_dim=64, hidden_dim=8192, sliding_windows=(None,) * 16
+)
+"""The same kind of model with 1.04 billion weights in its matmuls."""

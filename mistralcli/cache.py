@@ -11,6 +11,7 @@ case for a ring that is "full" or has "wrapped".
 A cache of int8 holds codes, and a scale for each key and each value: `key ≈ code · scale` (`quantized`).
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scales[..., None]).round().to(torch.int8), scales
 
 
-@op(cuda="mistralcli.kernels.pointwise:write_ring")
+@op(cpu="mistralcli.kernels.cpu.pointwise:write_ring", cuda="mistralcli.kernels.pointwise:write_ring")
 def write_ring(
     buffer: torch.Tensor, x: torch.Tensor, seen: Seen, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -127,6 +128,7 @@ class LayerCache:
         self.ring = ring
         self.keys = keys
         self.values = torch.zeros_like(keys)
+        self.n_moves = 0  # how often the buffers have come to other addresses
         self.key_scales: torch.Tensor | None = None
         self.value_scales: torch.Tensor | None = None
         if keys.dtype == torch.int8:
@@ -137,8 +139,19 @@ class LayerCache:
     @property
     def size_bytes(self) -> int:
         """Bytes that are allocated now."""
-        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.buffers().values())
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name: keys and values, and their scales where they are int8; slots are their third axis."""
+        names = ("keys", "values", "key_scales", "value_scales")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def sequence(self, index: int) -> "LayerCache":
+        """One sequence's part, in the same storage for as long as that does not grow."""
+        one = copy.copy(self)
+        for name, tensor in self.buffers().items():
+            setattr(one, name, tensor[index : index + 1])
+        return one
 
     def reserve(self, n_slots: int) -> None:
         """Make room for `n_slots` slots, keeping what is there. No position has wrapped while a buffer still grows."""
@@ -151,6 +164,7 @@ class LayerCache:
                 None if self.key_scales is None else pad(self.key_scales, (0, missing)),
                 None if self.value_scales is None else pad(self.value_scales, (0, missing)),
             )
+            self.n_moves += 1
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
         """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
@@ -253,6 +267,18 @@ class KVCache:
             for layer in self.layers:
                 layer.reserve(min(layer.ring.capacity, wanted))
 
+    def sequence(self, index: int, n_positions: int) -> "KVCache":
+        """The cache of one sequence, emptied, with room for `n_positions`; the others stay as they are.
+
+        It lives in this one's storage, until that grows. What it writes counts here too.
+        """
+        self.note(torch.tensor([[n_positions - 1]]))
+        one = copy.copy(self)
+        one.last = self.last[index : index + 1].fill_(-1)
+        one.layers = [layer.sequence(index) for layer in self.layers]
+        one._furthest, one._grows = -1, False
+        return one
+
     def _slices(self, positions: torch.Tensor) -> list[slice]:
         """The tokens of each piece of a chunk: where no layer has a window, nothing is overwritten, and it is whole."""
         n_tokens = positions.shape[1]
@@ -272,6 +298,10 @@ class KVCache:
             )
             for tokens, n in zip(self._slices(positions), n_positions, strict=True)
         ]
+
+    def hold(self, n_positions: int) -> None:
+        """Take it that the first sequence's keys and values of so many positions have been put into their slots."""
+        self.last[0] = self._furthest = n_positions - 1
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""

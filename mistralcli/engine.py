@@ -1,7 +1,7 @@
 """Token ids in, token ids out: chunked pre-fill, decoding, and a cache that is kept between calls."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +14,7 @@ from mistralcli.prefill import CapturedForward
 from mistralcli.sampling import Sampler, not_a_number
 
 if TYPE_CHECKING:
+    from mistralcli.cpu_decoder import CpuDecoder
     from mistralcli.decoder import Decoder
 
 FinishReason = Literal["stop", "length"]
@@ -64,6 +65,7 @@ class Engine:
         )
         self.token_ids: list[int] = []
         self.decoder = self._make_decoder()
+        self._cpu_decoder = self._make_cpu_decoder()
         self._captured = None if self.decoder is None else CapturedForward(model, self.cache, chunk)
         if self.decoder is not None:
             self._warm_up(self.decoder)
@@ -80,6 +82,16 @@ class Engine:
             return None
         with out_of_memory_as(f"{self.device} ran out of memory for one step", "ask for a shorter --ctx"):
             return Decoder(self.model, self.cache)
+
+    def _make_cpu_decoder(self) -> "CpuDecoder | None":
+        """The step as one program, where the device is the CPU and its kernels know the model."""
+        if self.device.type != "cpu" or os.environ.get("MISTRAL_CLI_KERNELS") == "reference":
+            return None
+        try:
+            from mistralcli.cpu_decoder import CpuDecoder, can_decode
+        except ImportError:  # no numba, or not these instructions: the operators say so
+            return None
+        return CpuDecoder(self.model, self.cache) if can_decode(self.model, self.cache) else None
 
     def _warm_up(self, decoder: "Decoder") -> None:
         """Compile what a prompt takes besides the captured step now, or load it from Triton's cache."""
@@ -174,6 +186,11 @@ class Engine:
             n_common += 1
         return n_common if self.cache.can_rewind(n_common) else 0
 
+    def fill(self, token_ids: Sequence[int]) -> None:
+        """Have the cache hold these ids of the only sequence, and nothing else. Raises ContextOverflowError."""
+        self.require_room(len(token_ids))
+        self._prefill_new(list(token_ids))
+
     def _prefill_new(self, token_ids: list[int]) -> torch.Tensor:
         """Run what the cache does not hold yet, and return the logits after the last id: (vocab_size,)."""
         n_done = self.n_reusable(token_ids)
@@ -186,8 +203,9 @@ class Engine:
 
     def _extend(self, token_ids: list[int]) -> torch.Tensor:
         """Append ids to the only sequence; logits after the last: (vocab_size,)."""
-        if self.decoder is not None and len(token_ids) == 1:
-            logits = self.decoder.feed(token_ids)[0]
+        decoder = self.decoder or self._cpu_decoder
+        if decoder is not None and len(token_ids) == 1:
+            logits = decoder.feed(token_ids)[0]
             self.token_ids.extend(token_ids)
             return logits
         start = len(self.token_ids)
@@ -197,15 +215,20 @@ class Engine:
         return self._logits(hidden[0, -1])
 
     @torch.no_grad()
-    def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states (n_seqs, n_tokens, dim) of a chunk on the CPU, valid until the next call."""
+    def _forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Hidden states (n_seqs, n_tokens, dim) of a chunk on the CPU, valid until the next call.
+
+        cache: that of one sequence, instead of the engine's.
+        """
         with out_of_memory_as(
             f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
             "ask for a shorter --ctx or a smaller --chunk, or close other programs",
         ):
-            if self._captured is not None:
+            if cache is None and self._captured is not None:
                 return self._captured(token_ids, positions)
-            hidden: torch.Tensor = self.model(token_ids.to(self.device), positions, self.cache)
+            hidden: torch.Tensor = self.model(token_ids.to(self.device), positions, cache or self.cache)
         return hidden
 
     @torch.no_grad()
@@ -237,19 +260,39 @@ class Engine:
                     last_hidden[i] = hidden[i, n_tokens - 1 - start].clone()
         return self._logits(torch.stack([row for row in last_hidden if row is not None]))
 
-    def step(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def start(self, index: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """Begin one sequence afresh with a prompt, the others left where they are; logits after it: (vocab_size,).
+
+        Raises:
+            ContextOverflowError: the prompt leaves no room for one token.
+        """
+        self.require_room(len(token_ids))
+        self.token_ids = []
+        cache = self.cache.sequence(index, len(token_ids))
+        for start in range(0, len(token_ids), self.chunk):
+            part = torch.tensor([token_ids[start : start + self.chunk]])
+            positions = torch.arange(start, start + part.shape[1])[None]
+            hidden = self._forward(part, positions, cache)
+        return self._logits(hidden[0, -1])
+
+    def step(self, token_ids: Sequence[int], idle: Collection[int] = ()) -> torch.Tensor:
         """Append one id to each sequence; logits after it: (n_seqs, vocab_size).
+
+        idle: sequences that are not going on, by index; their ids and logits mean nothing, and what the cache holds of
+        them is lost.
 
         Raises:
             ContextOverflowError: a sequence fills the context already.
         """
+        self.cache.last[list(idle)] = 0  # the least to attend to
         positions = (self.cache.last + 1)[:, None]
         if int(positions.max()) >= self.max_seq_len:
             raise ContextOverflowError(
                 f"a sequence fills the context of {self.max_seq_len} positions", "ask for a longer --ctx"
             )
-        if self.decoder is not None:
-            return self.decoder.feed(token_ids).clone()
+        decoder = self.decoder or self._cpu_decoder
+        if decoder is not None:
+            return decoder.feed(token_ids).clone()
         hidden = self._forward(torch.tensor(token_ids)[:, None], positions.cpu())
         return self._logits(hidden[:, 0])
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from mistralcli.cache import KVCache, LayerCache, Piece
 from mistralcli.config import ModelConfig
-from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
+from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu, tied_logits
 
 LinearFactory = Callable[[str, int, int], nn.Module]
 """Makes a linear layer without bias from its name in the model, in_features and out_features."""
@@ -162,6 +162,6 @@ class Transformer(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, float32: (..., dim) to (..., vocab_size)."""
         if self.output is None:
-            return F.linear(hidden, self.tok_embeddings.weight).float()
+            return tied_logits(hidden, self.tok_embeddings.weight)
         logits: torch.Tensor = self.output(hidden)
         return logits.float()

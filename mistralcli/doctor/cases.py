@@ -35,6 +35,9 @@ def cases(dtype: torch.dtype) -> Mapping[str, list[Arguments]]:
             (_randn(n, 512, dtype=dtype), _randn(512, dtype=dtype), 1e-5) for n in token_counts
         ],
         "mistralcli.ops:apply_rotary": [_rotary_case(n, dtype) for n in token_counts],
+        "mistralcli.ops:tied_logits": [
+            (_randn(n, 512, dtype=dtype), _randn(640, 512, dtype=dtype, seed=1)) for n in token_counts
+        ],
         "mistralcli.cache:write_ring": [_write_case(n, dtype) for n in token_counts],
         "mistralcli.ops:attention": [_attention_case(n, dtype) for n in token_counts],
         "mistralcli.ops:swiglu": [

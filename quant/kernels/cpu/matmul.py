@@ -1,17 +1,16 @@
 """The matmul of int4 and int8 weights on the CPU: activations are rounded, then tiles of tokens × 16 rows multiplied.
 
 How far it is from `quant.ops.interleaved_matmul`'s reference, to first order, with L = 127 for 4 bits and 32767 for
-8 bits: an activation x of a unit is off by at most max|x of the unit| / 2L, so
+8 bits: an activation x of a unit of activations is off by at most max|x of the unit| / 2L, so
 
     |y − exact| ≤ Σ over units  max|x| / 2L · Σ |w|  +  (n_units + 6) · 2⁻²⁴ · Σ over units max|x| Σ |w|
 
 Sums of a unit are exact integers, and then float32: the second term has the roundings of the two scales, of
-their product, of 127 / max, of the integer, and of one sum for each unit. For bfloat16 or float16 x, y is rounded to
-that once more.
+the products with them, of 127 / max, of the integer, and of one sum for each unit. For bfloat16 or float16 x, y is
+rounded to that once more.
 """
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from quant.kernels.cpu.layout import ROWS, Interleaved
 compile_for_chosen()  # before anything is compiled
 
 from quant.kernels.cpu import pool  # noqa: E402
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, take_task  # noqa: E402
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task  # noqa: E402
 from quant.kernels.cpu.rounding import round_unit, x_unit_bytes  # noqa: E402
 from quant.kernels.cpu.tile import (  # noqa: E402
     CHUNKS,
@@ -47,51 +46,59 @@ _SCALES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 def interleaved_matmul(x: torch.Tensor, weight: Interleaved) -> torch.Tensor:
     """Stands in for `quant.ops.interleaved_matmul`; x is rounded (`quant.kernels.cpu.rounding`)."""
     rows = x.reshape(-1, weight.in_features).float().contiguous()
-    n_padded = weight.n_blocks * ROWS
-    y = torch.empty(len(rows), n_padded)
-    _multiply(_rounded(rows, weight), weight, y)
+    n_tokens, n_padded = len(rows), weight.n_blocks * ROWS
+    rounded = torch.empty(n_tokens, rounded_bytes(weight), dtype=torch.uint8)
+    y = torch.empty(n_tokens, n_padded)
+    n_threads = _threads_for(rows.nbytes)
+    pool.run(rounding_job(rows.data_ptr(), rounded.data_ptr(), n_tokens, weight), n_threads)
+    n_threads = _threads_for(weight.size_bytes * n_tokens)
+    pool.run(matmul_job(rounded.data_ptr(), n_tokens, weight, y.data_ptr(), n_threads), n_threads)
     if n_padded > weight.out_features:
         y = y[:, : weight.out_features].contiguous()
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
 
 
-def _rounded(rows: torch.Tensor, weight: Interleaved) -> torch.Tensor:
-    """Rows of activations rounded, (n_tokens, bytes of a token), in tiles of tokens that lie side by side."""
-    unit_bytes = x_unit_bytes(weight.bits, weight.unit)
-    rounded = torch.empty(len(rows), unit_bytes * weight.n_units, dtype=torch.uint8)
-    arguments = (rows.data_ptr(), rounded.data_ptr(), weight.n_units, weight.unit, unit_bytes)
-    n_threads = torch.get_num_threads() if rows.nbytes > WORTH_A_THREAD else 1
-    pool.run(_rounding_kernel(weight.bits, chosen().name, _digest()), len(rows), arguments, n_threads)
-    return rounded
+def _threads_for(n_bytes: int) -> int:
+    return torch.get_num_threads() if n_bytes > WORTH_A_THREAD else 1
 
 
-def _multiply(x: torch.Tensor, weight: Interleaved, y: torch.Tensor) -> None:
-    """y (n_tokens, 16 · n_blocks) of rounded activations."""
+def rounding_job(x: int, rounded: int, n_tokens: int, weight: Interleaved) -> Job:
+    """Round activations for a weight: `n_tokens` float32 rows of in_features, from the address x to that of `rounded`.
+
+    They take `rounded_bytes` each, in tiles of tokens that lie side by side.
+    """
+    unit_bytes = x_unit_bytes(weight.bits, weight.x_unit)
+    kernel = _rounding_kernel(weight.bits, chosen().name, _digest())
+    return Job(kernel, n_tokens, (x, rounded, weight.n_x_units, weight.x_unit, unit_bytes))
+
+
+def rounded_bytes(weight: Interleaved) -> int:
+    """Bytes of a row of activations, rounded."""
+    return x_unit_bytes(weight.bits, weight.x_unit) * weight.n_x_units
+
+
+def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threads: int) -> Job:
+    """Multiply rounded activations; y is the address of (n_tokens, 16 · n_blocks) float32, some padded columns last."""
     kind = Kind(chosen(), weight.bits, _SCALES[weight.scale_dtype], weight.asymmetric)
-    n_tokens, n_blocks = len(y), weight.n_blocks
-    n_threads = torch.get_num_threads() if weight.size_bytes * n_tokens > WORTH_A_THREAD else 1
+    n_blocks, words = weight.n_blocks, weight.words
     per_task = max(1, min(BLOCKS_PER_TASK, n_blocks // (4 * n_threads)))
-    words = weight.words
     arguments = (
         words.data_ptr(),
         words.stride(0) * 4,
         n_blocks,
         per_task,
-        x.data_ptr(),
-        x.stride(0),
+        rounded,
+        rounded_bytes(weight),
         n_tokens,
-        y.data_ptr(),
+        y,
         weight.n_units,
         weight.unit * weight.bits // (8 * CHUNKS * 4),
     )
-    pool.run(_matmul_kernel(kind.name, _digest()), -(-n_blocks // per_task), arguments, n_threads)
+    return Job(_matmul_kernel(kind.name, _digest()), -(-n_blocks // per_task), arguments)
 
 
-@functools.cache
 def _digest() -> str:
-    """Of the kernels' source, for numba's cache: it looks only at the file of the function that it compiles."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return pool.digest(Path(__file__).parent)
 
 
 def _tile_of(token: int, n_tokens: int, most: int) -> tuple[int, int]:

@@ -11,8 +11,10 @@ keeps busy holds nobody up.
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ def _take_task(typing: Any, job: Any) -> Any:
     """The number of a task of a job that nobody else gets."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        return builder.atomic_rmw("add", arguments[0], ir.IntType(64)(1), "monotonic")
+        return builder.atomic_rmw(
+            "add", arguments[0], ir.IntType(64)(1), "seq_cst"
+        )  # `program` counts on the order
 
     return types.int64(types.CPointer(types.int64)), generate
 
@@ -59,14 +63,32 @@ def kernel(function: Callable[..., Any]) -> int:
 _COMPILED: list[Any] = []
 
 
-def run(address: int, n_tasks: int, arguments: Sequence[int], n_threads: int) -> None:
-    """Run a kernel's tasks on up to `n_threads` threads, this one among them; returns when all are done."""
-    job = (ctypes.c_int64 * (ARGUMENTS + len(arguments)))(0, n_tasks, *arguments)
-    n_threads = min(n_threads, n_tasks)
+@dataclass(frozen=True)
+class Job:
+    """A kernel with what it reads and writes; the memory at its addresses is whoever made it's to keep."""
+
+    kernel: int
+    n_tasks: int
+    arguments: Sequence[int]
+
+
+def run(job: Job, n_threads: int) -> None:
+    """Run a job's tasks on up to `n_threads` threads, this one among them; returns when all are done."""
+    words = (ctypes.c_int64 * (ARGUMENTS + len(job.arguments)))(0, job.n_tasks, *job.arguments)
+    n_threads = min(n_threads, job.n_tasks)
     if n_threads > 1:
-        _parallel()(address, job, n_threads)
-    elif n_tasks:
-        _C_KERNEL(address)(job)
+        _parallel()(job.kernel, words, n_threads)
+    elif job.n_tasks:
+        _C_KERNEL(job.kernel)(words)
+
+
+@functools.cache
+def digest(*folders: Path) -> str:
+    """Of the source in folders of kernels, for numba's cache: it looks only at the file of the function that it
+    compiles.
+    """
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 _C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -1,8 +1,8 @@
 """Activations rounded for the CPU's matmuls: to 8 bits for weights of 4, to 16 bits for weights of 8.
 
-Per unit of columns: x ≈ scale · q with |q| ≤ 127 or 32767, scale = max |x| / 127 or / 32767. So each x is off by at
-most half a scale. Eight bits add 0.7 % to a product of normal activations, where 4-bit weights are off by 10 %;
-8-bit weights are off by 0.8 %, so they meet 16 bits, at the same price on machines with `vpdpwssd` or
+Per unit of columns (`Interleaved.x_unit`): x ≈ scale · q with |q| ≤ 127 or 32767, scale = max |x| / 127 or / 32767. So
+each x is off by at most half a scale. Eight bits add 0.55 % to a product of normal activations, where 4-bit weights are
+off by 10 %; 8-bit weights are off by 0.8 %, so they meet 16 bits, at the same price on machines with `vpdpwssd` or
 `pmaddwd`: 0.002 %.
 
 The q are in the order in which a word of weights unpacks: of 8 columns the even, then the odd ones (int8); of 4 columns

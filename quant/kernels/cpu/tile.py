@@ -1,17 +1,18 @@
 """The inner loops of the CPU's matmuls: some rows of activations times a block of 16 rows of weights.
 
 Weights are in the layout of `quant.kernels.cpu.layout`. Activations come as the kernel of `quant.kernels.cpu.rounding`
-leaves them: for every unit of columns a float32 scale, the int32 −o · Σ x and the rounded x, arranged so that a word of
+leaves them: for every unit of theirs a float32 scale, the int32 −o · Σ x and the rounded x, arranged so that a word of
 weights needs a shift and a mask only, with the tokens of a tile side by side. With `u` the stored unsigned code, `o`
-= 8 or 128, and `a`, `s` the scales:
+= 8 or 128, and `s`, `a` the scales of weights and activations, the units of which lie in those of weights:
 
-    y = Σ over units  a · s · (Σ u x  −  (o + zero) · Σ x)
+    y = Σ over units of weights  s · Σ over units of activations  a · (Σ u x  −  (o + zero) · Σ x)
 
 The bracket is an exact integer below 2³¹: (q − zero) is below 2⁸ for 8 bits and x below 2¹⁵, for 128 columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llvmlite import ir
 
@@ -107,28 +108,56 @@ class _Part:
         self, weights: ir.Value, x: ir.Value, n_units: ir.Value, n_steps: ir.Value
     ) -> Sequence[ir.Value]:
         """The sums over all units, a vector of floats for each token and vector of the part."""
-        v = self.v
+        v, nothing = self.v, [self.v.constant(self.v.floats, 0.0)] * (self.n_tokens * len(self.vectors))
+        sums_of_unit = self._sums_of_narrow_units if self.kind.bits == 4 else self._sums_of_a_wide_unit
 
         def unit(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
             w, x, *totals = carried
             if self.prefetches:
                 v.prefetch(w, PREFETCH_BYTES)
-            codes = v.offset(w, self.kind.header_bytes)
-            words = v.offset(x, X_HEADER_BYTES * self.n_tokens)
-            codes, words, *sums = v.loop(n_steps, [codes, words, *self._corrections(w, x)], step)
-            return [codes, words, *self._scaled(w, x, sums, totals)]
+            codes, x, *sums = sums_of_unit(w, x, n_steps, nothing)
+            return [codes, x, *self._scaled(w, sums, totals)]
+
+        _, _, *totals = v.loop(n_units, [weights, x, *nothing], unit)
+        return totals
+
+    def _sums_of_narrow_units(
+        self, w: ir.Value, x: ir.Value, n_steps: ir.Value, nothing: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        """Where the next unit of weights and of activations begin, and the sums of this one; every step of it has a
+        unit of activations.
+        """
 
         def step(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
             codes, x, *sums = carried
-            following = [v.offset(codes, CHUNKS * ROWS * 4), v.offset(x, X_STEP_BYTES * self.n_tokens)]
-            return [*following, *self._step(codes, x, sums)]
+            words = self.v.offset(x, X_HEADER_BYTES * self.n_tokens)
+            whole = self._step(codes, words, partial(self._corrections, w, x))
+            return [*self._following(codes, words), *self._weighed(x, whole, sums)]
 
-        zeros = [v.constant(v.floats, 0.0)] * (self.n_tokens * len(self.vectors))
-        _, _, *totals = v.loop(n_units, [weights, x, *zeros], unit)
-        return totals
+        return self.v.loop(n_steps, [self.v.offset(w, self.kind.header_bytes), x, *nothing], step)
+
+    def _sums_of_a_wide_unit(
+        self, w: ir.Value, x: ir.Value, n_steps: ir.Value, nothing: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        """The same where all steps have one unit of activations."""
+
+        def step(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            codes, words, *sums = carried
+            return [*self._following(codes, words), *self._step(codes, words, lambda: sums)]
+
+        codes, words = (
+            self.v.offset(w, self.kind.header_bytes),
+            self.v.offset(x, X_HEADER_BYTES * self.n_tokens),
+        )
+        codes, words, *whole = self.v.loop(n_steps, [codes, words, *self._corrections(w, x)], step)
+        return [codes, words, *self._weighed(x, whole, nothing)]
+
+    def _following(self, codes: ir.Value, words: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Where the weights and the activations behind a step begin."""
+        return self.v.offset(codes, CHUNKS * ROWS * 4), self.v.offset(words, X_STEP_BYTES * self.n_tokens)
 
     def _corrections(self, w: ir.Value, x: ir.Value) -> list[ir.Value]:
-        """What the sums of a unit start from: −(o + zero) · Σ x; for further chains 0."""
+        """What the sums of a unit of activations start from: −(o + zero) · Σ x; for further chains 0."""
         v, sums = self.v, []
         zeros = [self._zeros(w, vector) for vector in self.vectors] if self.kind.asymmetric else []
         for token in range(self.n_tokens):
@@ -146,10 +175,17 @@ class _Part:
         zeros = self.v.load(ir.VectorType(I8, self.v.lanes), w, offset)
         return self.v.builder.sext(zeros, self.v.ints)
 
-    def _step(self, codes: ir.Value, x: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        """The sums with the products of one step."""
+    def _step(self, codes: ir.Value, x: ir.Value, sums: Callable[[], Sequence[ir.Value]]) -> list[ir.Value]:
+        """What `sums` emits with the products of one step; asked for late where they would only fill registers."""
+        if not self.dot.sums_come_last:
+            return self._products(codes, x, list(sums()))
+        zeros = [self.dot.zero()] * (self.n_tokens * len(self.vectors) * self.sums_each)
+        of_step = self._products(codes, x, zeros)
+        return [self.dot.added(*pair) for pair in zip(sums(), of_step, strict=True)]
+
+    def _products(self, codes: ir.Value, x: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        """Sums with the products of one step."""
         v, each = self.v, self.sums_each
-        partial = [self.dot.start(one) for one in sums]
         for chunk in range(CHUNKS):
             if self.prefetches:
                 v.prefetch(codes, PREFETCH_BYTES + 64 * chunk)
@@ -160,8 +196,8 @@ class _Part:
                     for token in range(self.n_tokens):
                         common = self._common(x, token, 2 * chunk + part)
                         i = (token * len(self.vectors) + at) * each + (2 * chunk + part) % each
-                        partial[i] = self.dot.add(partial[i], w, common)
-        return [self.dot.end(*pair) for pair in zip(sums, partial, strict=True)]
+                        sums[i] = self.dot.add(sums[i], w, common)
+        return sums
 
     def _common(self, x: ir.Value, token: int, word: int) -> ir.Value:
         """A word of a token's activations in every lane.
@@ -183,21 +219,25 @@ class _Part:
             words = v.builder.lshr(words, v.constant(words.type, shift))
         return v.builder.and_(words, v.constant(words.type, mask))
 
-    def _scaled(
-        self, w: ir.Value, x: ir.Value, sums: Sequence[ir.Value], totals: Sequence[ir.Value]
-    ) -> list[ir.Value]:
-        """The totals with a unit's sums, times the scales of rows and activations."""
-        v, each, n = self.v, self.sums_each, len(self.vectors)
-        scales = [self._scales(w, vector) for vector in self.vectors]
+    def _weighed(self, x: ir.Value, sums: Sequence[ir.Value], before: Sequence[ir.Value]) -> list[ir.Value]:
+        """What was before, with the sums of a unit of activations times its scale."""
+        v, each = self.v, self.sums_each
         new = []
-        for i, total in enumerate(totals):
-            token, at = divmod(i, n)
+        for i, one in enumerate(before):
             whole = sums[i * each]
             for chain in range(1, each):
                 whole = v.builder.add(whole, sums[i * each + chain])
-            both = v.builder.fmul(scales[at], v.splat(v.load(F32, x, X_HEADER_BYTES * token)))
-            new.append(v.multiply_add(v.builder.sitofp(whole, v.floats), both, total))
+            scale = v.splat(v.load(F32, x, X_HEADER_BYTES * (i // len(self.vectors))))
+            new.append(v.multiply_add(v.builder.sitofp(whole, v.floats), scale, one))
         return new
+
+    def _scaled(self, w: ir.Value, sums: Sequence[ir.Value], totals: Sequence[ir.Value]) -> list[ir.Value]:
+        """The totals with the sums of a unit of weights times its scales."""
+        scales = [self._scales(w, vector) for vector in self.vectors]
+        return [
+            self.v.multiply_add(one, scales[i % len(scales)], total)
+            for i, (one, total) in enumerate(zip(sums, totals, strict=True))
+        ]
 
     def _scales(self, w: ir.Value, vector: int) -> ir.Value:
         v, scale = self.v, self.kind.scale

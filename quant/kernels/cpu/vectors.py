@@ -96,22 +96,21 @@ class Dot:
 
     Here as LLVM's portable arithmetic; subclasses have the instruction of a machine. Weights are unsigned:
     4 × 8 bits of 0 … 15, met by 4 × 8 bits of −127 … 127; or, where `bits` is 8, 2 × 16 bits of 0 … 255, met by
-    2 × 16 bits of −32767 … 32767. No sum here leaves its type for the number of products that `partial` allows.
+    2 × 16 bits of −32767 … 32767. No sum here leaves its type in a step, nor in a unit of 128 columns.
     """
 
     chains = 1
     """Independent sums that hide the latency of one."""
 
+    sums_come_last = False
+    """Whether a step is summed by itself, from `zero`, and then `added` to the sums."""
+
     def __init__(self, vectors: Vectors, bits: int) -> None:
         self.v, self.bits = vectors, bits
 
-    def start(self, sums: ir.Value) -> ir.Value:
-        """A partial sum, for the 8 `add`s of a step."""
-        return sums
-
-    def add(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def add(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         if self.bits == 8:
-            return self._add_pairs(partial, w, x)
+            return self._add_pairs(sums, w, x)
         eight, mask = self.v.constant(ir.VectorType(I16, 2 * self.v.lanes), 8), 0x00FF00FF
         halves = self.v.cast(x, I16, 16)
         even = self.v.builder.ashr(self.v.builder.shl(halves, eight), eight)
@@ -120,18 +119,22 @@ class Dot:
         high = self.v.builder.and_(
             self.v.builder.lshr(w, self.v.constant(w.type, 8)), self.v.constant(w.type, mask)
         )
-        return self._add_pairs(self._add_pairs(partial, low, even), high, odd)
+        return self._add_pairs(self._add_pairs(sums, low, even), high, odd)
 
-    def end(self, sums: ir.Value, partial: ir.Value) -> ir.Value:
-        """The sums with a partial sum that was started from them."""
-        return partial
+    def zero(self) -> ir.Value:
+        """What the sum of a step starts from."""
+        return self.v.constant(self.v.ints, 0)
 
-    def _add_pairs(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def added(self, sums: ir.Value, of_step: ir.Value) -> ir.Value:
+        """The sums with that of a step."""
+        return self.v.builder.add(sums, of_step)
+
+    def _add_pairs(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         builder, wide = self.v.builder, ir.VectorType(I32, 2 * self.v.lanes)
         w, x = (builder.sext(self.v.cast(one, I16, 16), wide) for one in (w, x))
         products = builder.mul(w, x)
         even, odd = (self.v.shuffle(products, range(parity, 2 * self.v.lanes, 2)) for parity in (0, 1))
-        return builder.add(partial, builder.add(even, odd))
+        return builder.add(sums, builder.add(even, odd))
 
 
 class VnniDot(Dot):
@@ -143,9 +146,9 @@ class VnniDot(Dot):
 
     chains = 4
 
-    def add(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def add(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         name = f"llvm.x86.avx512.{'vpdpbusd' if self.bits == 4 else 'vpdpwssd'}.{32 * self.v.lanes}"
-        return self.v.call(name, partial.type, [partial, w, x])
+        return self.v.call(name, sums.type, [sums, w, x])
 
 
 class Avx2Dot(Dot):
@@ -156,22 +159,24 @@ class Avx2Dot(Dot):
     met by 16-bit activations at the same price.
     """
 
-    def start(self, sums: ir.Value) -> ir.Value:
-        return sums if self.bits == 8 else self.v.constant(ir.VectorType(I16, 2 * self.v.lanes), 0)
+    def __init__(self, vectors: Vectors, bits: int) -> None:
+        super().__init__(vectors, bits)
+        self.sums_come_last = bits == 4
 
-    def add(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def zero(self) -> ir.Value:
+        return self.v.constant(ir.VectorType(I16, 2 * self.v.lanes), 0)
+
+    def add(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         pairs = ir.VectorType(I16, 2 * self.v.lanes)
         if self.bits == 8:
             words = [self.v.cast(one, I16, 16) for one in (w, x)]
-            return self.v.builder.add(partial, self.v.call("llvm.x86.avx2.pmadd.wd", self.v.ints, words))
+            return self.v.builder.add(sums, self.v.call("llvm.x86.avx2.pmadd.wd", self.v.ints, words))
         words = [self.v.cast(one, I8, 8) for one in (w, x)]
-        return self.v.builder.add(partial, self.v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, words))
+        return self.v.builder.add(sums, self.v.call("llvm.x86.avx2.pmadd.ub.sw", pairs, words))
 
-    def end(self, sums: ir.Value, partial: ir.Value) -> ir.Value:
-        if self.bits == 8:
-            return partial
-        ones = self.v.constant(partial.type, 1)
-        return self.v.builder.add(sums, self.v.call("llvm.x86.avx2.pmadd.wd", self.v.ints, [partial, ones]))
+    def added(self, sums: ir.Value, of_step: ir.Value) -> ir.Value:
+        ones = self.v.constant(of_step.type, 1)
+        return self.v.builder.add(sums, self.v.call("llvm.x86.avx2.pmadd.wd", self.v.ints, [of_step, ones]))
 
 
 class SdotDot(Dot):
@@ -179,19 +184,19 @@ class SdotDot(Dot):
 
     chains = 4
 
-    def add(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def add(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         if self.bits == 8:
-            return self._add_pairs(partial, w, x)
+            return self._add_pairs(sums, w, x)
         words = [self.v.cast(one, I8, 8) for one in (w, x)]
-        return self.v.call("llvm.aarch64.neon.sdot.v4i32.v16i8", partial.type, [partial, *words])
+        return self.v.call("llvm.aarch64.neon.sdot.v4i32.v16i8", sums.type, [sums, *words])
 
-    def _add_pairs(self, partial: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def _add_pairs(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         builder, half = self.v.builder, self.v.constant(self.v.ints, 16)
         low = builder.mul(
             builder.and_(w, self.v.constant(w.type, 0xFFFF)), builder.ashr(builder.shl(x, half), half)
         )
         high = builder.mul(builder.lshr(w, half), builder.ashr(x, half))
-        return builder.add(builder.add(partial, low), high)
+        return builder.add(builder.add(sums, low), high)
 
 
 DOTS: dict[str, type[Dot]] = {

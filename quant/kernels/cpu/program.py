@@ -1,0 +1,118 @@
+"""Many jobs, one after the other, in a single parallel region.
+
+To enter a parallel region with threads that sleep takes 100 µs, and a model's decode step has some hundred jobs of a
+few µs each. So a program is entered once: every thread walks through its jobs and takes tasks where there are some. A
+step of a program is jobs that do not need each other; the next waits until all their tasks are done. Between steps
+nobody waits for a thread, only for tasks: one that comes late, or that other work has pushed off its core, holds nobody
+up unless it has a task in hand. Only the end of the region waits for all.
+
+In memory a job is a row of 32 int64: the kernel's address, how many threads are in it, whether its step waits for
+those before, then from `_JOB` on what the kernel reads. A step is over when no task is left and nobody is inside.
+"""
+
+import ctypes
+import functools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from quant.kernels.cpu import pool
+from quant.kernels.cpu.inline import inlined
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, NEXT_TASK, Job
+
+_KERNEL, _INSIDE, _WAITS, _JOB, _ROW = 0, 1, 2, 8, 32
+"""Places in a row, and its length; what is changed all the time has a cache line of its own."""
+
+_SPINS = 2000
+"""How often a thread looks before it offers its core to others: some 50 µs, more than most jobs take."""
+
+
+class Program:
+    """Steps of jobs, to be run as often as wanted. The addresses in them must stay valid."""
+
+    def __init__(self, steps: Sequence[Sequence[Job]]) -> None:
+        jobs = [(job, at == 0) for step in steps for at, job in enumerate(step)]
+        self._rows = np.zeros((len(jobs), _ROW), dtype=np.int64)
+        for row, (job, waits) in zip(self._rows, jobs, strict=True):
+            row[[_KERNEL, _WAITS, _JOB + N_TASKS]] = job.kernel, waits, job.n_tasks
+            row[_JOB + ARGUMENTS : _JOB + ARGUMENTS + len(job.arguments)] = job.arguments
+        self._walk = (_walking_kernel(pool.digest(Path(__file__).parent)), self._rows.ctypes.data, len(jobs))
+
+    def run(self, n_threads: int) -> None:
+        """Run all steps on `n_threads` threads, this one among them."""
+        self._rows[:, _JOB + NEXT_TASK] = 0
+        kernel, *arguments = self._walk
+        pool.run(Job(kernel, n_threads, (*arguments, _yield_address())), n_threads)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
+
+
+def _emit_read(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.load_atomic(_pointer(builder, address), "seq_cst", 8)
+
+
+def _emit_add(builder: ir.IRBuilder, address: ir.Value, by: ir.Value) -> ir.Value:
+    return builder.atomic_rmw("add", _pointer(builder, address), by, "seq_cst")
+
+
+def _emit_call(builder: ir.IRBuilder, function: ir.Value, argument: ir.Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+    builder.call(builder.inttoptr(function, kind.as_pointer()), [argument])
+
+
+def _emit_pause(builder: ir.IRBuilder) -> None:
+    """Tell the core that this is a loop that waits."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", fnty=kind), [])
+    elif platform.machine() in ("aarch64", "arm64"):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        builder.call(builder.module.declare_intrinsic("llvm.aarch64.hint", fnty=kind), [ir.IntType(32)(1)])
+
+
+_read, _add = (inlined(emit, 0, types.int64) for emit in (_emit_read, _emit_add))
+_call, _pause = inlined(_emit_call, 0), inlined(_emit_pause, 0)
+
+
+@functools.cache
+def _yield_address() -> int:
+    """Of the C function that offers the core to others; 0 where there is none, and threads spin."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):  # Windows
+        return 0
+
+
+@functools.cache
+def _walking_kernel(digest: str) -> int:
+    """Its tasks are the threads: each walks through all rows."""
+    row_bytes, job, inside, waits = 8 * _ROW, 8 * _JOB, 8 * _INSIDE, 8 * _WAITS
+
+    def walk(program: Any) -> None:
+        assert digest
+        rows, n_jobs, give_way = program[ARGUMENTS], program[ARGUMENTS + 1], program[ARGUMENTS + 2]
+        done = 0
+        for at in range(n_jobs):
+            row = rows + at * row_bytes
+            while done < at and _read(row + waits):
+                before, spins = rows + done * row_bytes, 0
+                while _read(before + job) < _read(before + job + 8) or _read(before + inside):
+                    spins += 1
+                    if spins < _SPINS or not give_way:
+                        _pause()
+                    else:
+                        _call(give_way, 0)
+                done += 1
+            if _read(row + job) < _read(row + job + 8):
+                _add(row + inside, 1)
+                _call(_read(row), row + job)
+                _add(row + inside, -1)
+
+    return pool.kernel(walk)

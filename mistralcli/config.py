@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
+from mistralcli.quantization_config import of_hugging_face, of_mistral
 from quant.files import open_tensors, read_json, weight_files
 
 __all__ = ["MODEL_TYPES", "ModelConfig", "hugging_face_config", "read_config", "read_json"]
@@ -149,7 +150,7 @@ def _from_hugging_face(raw: dict[str, Any], directory: Path) -> ModelConfig:
         tied_embeddings=_truth(raw, "tie_word_embeddings"),
         eos_ids=_eos_ids(directory),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-        quantization=_object(raw, "quantization_config") or None,
+        quantization=of_hugging_face(_object(raw, "quantization_config"), directory),
     )
 
 
@@ -223,7 +224,7 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _from_mistral(raw: dict[str, Any], directory: Path) -> ModelConfig:
-    for key in ("moe", "vision_encoder", "yarn", "quantization"):
+    for key in ("moe", "vision_encoder", "yarn"):
         if raw.get(key):
             raise MistralError(f"params.json of {directory.name} asks for {key!r}, which is not supported")
     dim, n_heads = _whole(raw, "dim"), _whole(raw, "n_heads")
@@ -244,6 +245,7 @@ def _from_mistral(raw: dict[str, Any], directory: Path) -> ModelConfig:
         tied_embeddings=_truth(raw, "tied_embeddings"),
         eos_ids=_eos_ids(directory),
         dtype=_stored_dtype(directory),
+        quantization=of_mistral(_object(raw, "quantization")),
     )
 
 
@@ -256,17 +258,21 @@ def _repeat_windows(window: Any, n_layers: int) -> tuple[int | None, ...]:
 
 
 def _stored_dtype(directory: Path) -> str:
-    """The type of the weights, which params.json does not state: that of the first tensor."""
+    """The type of the weights, which params.json does not state: that of the last norm, or of the first tensor."""
     for name in weight_files(directory, "consolidated"):
         if (directory / name).is_file():
             with open_tensors(directory / name) as file:
-                code: str = file.get_slice(min(file.keys())).get_dtype()
+                names = set(file.keys())
+                norm_or_first = "norm.weight" if "norm.weight" in names else min(names)
+                code: str = file.get_slice(norm_or_first).get_dtype()
             return _DTYPE_NAMES.get(code, code)
     return "bfloat16"
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` that states `config`, for a checkpoint that came with `params.json` alone.
+
+    Of a quantized one it has the `quantization_config` too.
 
     Raises:
         MistralError: its layers have windows of different lengths, which config.json cannot state.
@@ -300,4 +306,5 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": config.dtype,
         **by_layer,
+        **({"quantization_config": dict(config.quantization)} if config.quantization else {}),
     }

@@ -57,7 +57,7 @@ def can_decode(model: Transformer, n_seqs: int) -> bool:
     )
     head_dim_fits = config.head_dim >= BLOCK and config.head_dim.bit_count() == 1
     linears = [module for module in model.modules() if _is_linear(module)]
-    known = all(isinstance(module, (Linear, AffineLinear)) for module in linears)
+    known = all(map(_is_known, linears))
     if n_seqs > MOST_ROWS or not known or not head_dim_fits or any(size % BLOCK for size in sizes):
         return False
     return all(_weight(module).supported for module in linears) and all(map(_can_join, _blocks(model)))
@@ -243,6 +243,11 @@ def _blocks(model: Transformer) -> list[TransformerBlock]:
 
 def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or isinstance(module, Linear)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Dense, or int4 or int8 with its columns in order."""
+    return isinstance(module, Linear) or (isinstance(module, AffineLinear) and module.columns is None)
 
 
 def _weight(module: nn.Module) -> Weight:

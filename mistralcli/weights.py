@@ -7,146 +7,42 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from mistralcli.checkpoint_files import Checkpoint, find_weights, hugging_face_name
 from mistralcli.config import ModelConfig, read_config
-from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
+from mistralcli.dense_weights import seen_tensors
+from mistralcli.errors import IntegrityError, MistralError
 from mistralcli.model import Embedding, LinearFactory, Transformer, dense_linear
-from mistralcli.staged_reading import TensorPlace, data_offsets, read_to_device, unreadable
-from quant.files import STEMS, open_tensors, weight_files
 from quant.linear import QuantizedLinear
 from quant.scheme import schemes_of
-from quant.tensors import TensorSpec
+from quant.schemes.dense import DenseAtLoad
+from quant.tensors import TensorSpec, TensorSpecs
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes loaded so far and in all."""
 
-_TOP_LEVEL = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_BULK = (".weight", ".weight_packed", ".weight_scale", ".weight_zero_point")
+_BULK = (".weight", ".weight_packed", ".weight_scale", ".weight_zero_point", ".qweight", ".qzeros", ".scales")
 """The last parts of names of tensors that are read straight to a GPU; schemes look into the others on the CPU."""
+
+_SCALES = {".weight_zero_point": ".weight_scale", ".qzeros": ".scales"}
+"""The last parts of names: of zero points, and of their scales."""
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq$")
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
+class NamedTensors(TensorSpecs, Protocol):
+    """Such tensors, and a name for the place that they are in."""
 
-def hugging_face_name(module: str) -> str:
-    """The name in a Hugging Face checkpoint of a module of `Transformer`."""
-    if module in _TOP_LEVEL:
-        return _TOP_LEVEL[module]
-    _, index, rest = module.split(".", 2)
-    return f"model.layers.{index}.{_IN_LAYER[rest]}"
-
-
-class Checkpoint:
-    """The tensors of a checkpoint directory by their Hugging Face names, whatever its layout.
-
-    Files are memory-mapped when a tensor of theirs is first asked for. Mistral's own layout pairs neighbouring
-    rows of wq and wk for the rotary embedding; here they come in Hugging Face's rotate-half order.
-    """
-
-    def __init__(self, directory: Path, files: Mapping[str, Path], stored_names: Mapping[str, str]) -> None:
-        self.directory = directory
-        self._files = dict(files)
-        self._stored_names = dict(stored_names)
-        self._open: dict[Path, safe_open] = {}
-        self._offsets: dict[Path, dict[str, int]] = {}
-        self._rotary_heads = _rotary_heads(directory) if stored_names else {}
-
-    def names(self) -> Sequence[str]:
-        """All tensor names, sorted."""
-        return sorted(self._files)
-
-    def files(self) -> Sequence[Path]:
-        """The files that hold the weights, sorted."""
-        return sorted(set(self._files.values()))
-
-    def spec(self, name: str) -> TensorSpec:
-        """Shape and dtype of a tensor, from the file's header."""
-        try:
-            view = self._handle(name).get_slice(self._stored_names.get(name, name))
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self._files[name], name, error) from error
-        code = view.get_dtype()
-        if code not in _DTYPES:
-            raise IntegrityError(f"tensor {name} in {self._files[name]} has the unknown type {code}")
-        return TensorSpec(tuple(view.get_shape()), _DTYPES[code])
-
-    def load(self, name: str) -> torch.Tensor:
-        """One tensor; it aliases the memory-mapped file unless its rows had to be reordered."""
-        try:
-            tensor: torch.Tensor = self._handle(name).get_tensor(self._stored_names.get(name, name))
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self._files[name], name, error) from error
-        return self._in_order(name, tensor)
-
-    def load_to(self, device: torch.device, names: Sequence[str]) -> Generator[torch.Tensor, None, None]:
-        """Several tensors on a GPU, in that order, read ahead of being asked for."""
-        places = [self._place(name) for name in names]
-        with closing(read_to_device(places, device)) as tensors:
-            yield from map(self._in_order, names, tensors)  # which holds none of them
-
-    def release(self) -> None:
-        """Unmap the files, but for tensors that are still held: pages that were read count as resident memory."""
-        self._open.clear()
-
-    def _handle(self, name: str) -> safe_open:
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = open_tensors(path)
-        return self._open[path]
-
-    def _place(self, name: str) -> TensorPlace:
-        path = self._files[name]
-        if path not in self._offsets:
-            self._offsets[path] = data_offsets(path)
-        start = self._offsets[path][self._stored_names.get(name, name)]
-        return TensorPlace(name, path, start, self.spec(name))
-
-    def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
-        return tensor if n_heads is None else _rotate_half_order(tensor, n_heads)
-
-
-def _rotary_heads(directory: Path) -> dict[str, int]:
-    config = read_config(directory)
-    return {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
-
-
-def _rotate_half_order(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk from interleaved pairs (2i, 2i + 1) to rotate-half pairs (i, i + head_dim / 2)."""
-    out_features, in_features = weight.shape
-    pairs = weight.view(n_heads, out_features // n_heads // 2, 2, in_features)
-    return pairs.transpose(1, 2).reshape(out_features, in_features)
+    @property
+    def directory(self) -> object:
+        """Where they are, for messages."""
+        ...
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -157,43 +53,20 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         IntegrityError: a tensor is missing, extra or mis-shaped, or a file is damaged or missing; it is named.
         MistralError: the quantization, or the type of a tensor, is of a kind that is not supported; it is named.
     """
-    checkpoint, config = _find_weights(directory), read_config(directory)
-    _check_tensors(config, checkpoint, _modules(_empty_model(config, torch.float32)))
+    checkpoint = find_weights(directory)
+    check_tensors(read_config(directory), checkpoint)
     return checkpoint
 
 
-def _find_weights(directory: Path) -> Checkpoint:
-    """Hugging Face's files if there are any, else `consolidated*.safetensors`."""
-    for stem in STEMS:
-        files = _tensor_files(directory, stem)
-        if files:
-            if stem == "model":
-                return Checkpoint(directory, files, {})
-            stored = {_translated(name): name for name in files}
-            return Checkpoint(directory, {hf: files[name] for hf, name in stored.items()}, stored)
-    raise ModelNotFoundError(
-        f"{directory} has no weights: neither model*.safetensors nor consolidated*.safetensors",
-        "pull the model again, or name another directory",
-    )
+def check_tensors(config: ModelConfig, tensors: NamedTensors) -> None:
+    """Refuse tensors that are not those of the model that `config` describes; looks at names, shapes and types.
 
-
-def _tensor_files(directory: Path, stem: str) -> dict[str, Path]:
-    """Tensor name to file, by the headers of the files."""
-    names = weight_files(directory, stem)
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise IntegrityError(f"{directory} lacks the shard {missing[0]}", "pull the model again")
-    paths = [directory / name for name in names]
-    return {name: path for path in paths for name in list(open_tensors(path).keys())}
-
-
-def _translated(name: str) -> str:
-    """Mistral's tensor name as Hugging Face's; a name of neither stays and is later reported as extra."""
-    module, _, suffix = name.rpartition(".")
-    try:
-        return f"{hugging_face_name(module)}.{suffix}"
-    except (KeyError, ValueError):
-        return name
+    Raises:
+        IntegrityError, MistralError: as `open_checkpoint`.
+    """
+    stored = {name: tensors.spec(name) for name in tensors.names()}
+    seen = seen_tensors(stored, config, tensors.directory)
+    _check_tensors(config, seen.specs, tensors.directory, _modules(_empty_model(config, torch.float32)))
 
 
 def load_model(
@@ -209,34 +82,50 @@ def load_model(
     `exact` leaves quantized layers as they are stored: they compute with activations that are not rounded.
 
     Tensors are loaded one at a time into a model without storage, so that peak memory is the loaded model plus
-    one tensor. An untied embedding stays in the type it is stored in: only the rows that are looked up are cast.
+    one tensor. An embedding stays in the type it is stored in where `keeps_embedding` says so.
 
     Raises:
         IntegrityError: a tensor is missing, extra or mis-shaped, or a file is damaged; it is named.
         MistralError: the quantization is of a kind that is not supported; it is named.
     """
     config = read_config(directory)
-    checkpoint = _find_weights(directory)
+    checkpoint = find_weights(directory)
     model = _empty_model(config, dtype)
     modules = _modules(model)
-    _check_tensors(config, checkpoint, modules)
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    _check_tensors(config, specs, directory, modules)
     sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
     done = 0
-    needed = [list(_expected(name, module)) for name, module in modules.items()]
+    needed = [list(expected_tensors(name, module)) for name, module in modules.items()]
     with closing((_staged if device.type == "cuda" else _mapped)(checkpoint, needed, device)) as loading:
         for (name, module), tensors in zip(modules.items(), loading, strict=True):
-            if isinstance(module, QuantizedLinear):
-                _load_quantized(checkpoint, name, module, tensors, device)
-                if not exact:
-                    module.prepare()
-            else:
-                keep = isinstance(module, Embedding) and not config.tied_embeddings
-                module.weight = _parameter(tensors[f"{name}.weight"], device, None if keep else dtype)
+            keep = isinstance(module, Embedding) and keeps_embedding(config, device.type)
+            load_module(checkpoint, name, module, tensors, device, None if keep else dtype)
+            if isinstance(module, QuantizedLinear) and not exact:
+                module.prepare()
             tensors.clear()  # before more is loaded
             done += sizes[name]
             if on_progress is not None:
                 on_progress(done, sum(sizes.values()))
     return model.eval().requires_grad_(False)
+
+
+def load_module(
+    checkpoint: Checkpoint,
+    name: str,
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module that has tensors of its own those of `checkpoint` under its `name`; a quantized one as stored.
+
+    dtype: of a dense weight; None keeps the one it is stored in.
+    """
+    if isinstance(module, QuantizedLinear):
+        _load_quantized(checkpoint, name, module, tensors, device)
+    else:
+        module.weight = _parameter(tensors[f"{name}.weight"], device, dtype)
 
 
 def load_kernels(model: Transformer) -> None:
@@ -278,20 +167,39 @@ class LoadedSizes:
     largest_cast: int
 
 
-def loaded_sizes(directory: Path, dtype: torch.dtype) -> LoadedSizes:
+def keeps_embedding(config: ModelConfig, device_type: str) -> bool:
+    """Whether the embedding stays in the type it is stored in: only the rows that are looked up are cast then.
+
+    One that is the head too is multiplied as it is stored on the CPU, and elsewhere in the type that is computed in.
+    """
+    return not config.tied_embeddings or device_type == "cpu"
+
+
+def loaded_sizes(directory: Path, dtype: torch.dtype, device_type: str) -> LoadedSizes:
     """What the weights in `directory` take to compute in `dtype`; reads headers only."""
-    config = read_config(directory)
-    checkpoint = _find_weights(directory)
+    checkpoint = find_weights(directory)
     specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    sizes = sizes_once_loaded(specs, keeps_embedding(read_config(directory), device_type), dtype)
+    return replace(sizes, largest_cast=max(sizes.largest_cast, checkpoint.largest_parts_bytes))
+
+
+def sizes_once_loaded(
+    specs: Mapping[str, TensorSpec], keeps_embedding: bool, dtype: torch.dtype
+) -> LoadedSizes:
+    """The same for weights that need not be here: what a model sees, by Hugging Face name."""
 
     def is_cast(name: str) -> bool:
-        kept = name == "model.embed_tokens.weight" and not config.tied_embeddings
-        return name.endswith(".weight") and specs[name].dtype.is_floating_point and not kept
+        kept = name == "model.embed_tokens.weight" and keeps_embedding
+        has_codes = f"{name}.absmax" in specs  # bitsandbytes', in whatever type they are stored
+        return name.endswith(".weight") and specs[name].dtype.is_floating_point and not (kept or has_codes)
 
     def size(name: str) -> int:
         spec = specs[name]
-        if name.endswith(".weight_zero_point"):  # one int8 for each scale
-            return math.prod(specs[name.replace("zero_point", "scale")].shape)
+        for zeros, scales in _SCALES.items():
+            if name.endswith(zeros):  # one int8 for each scale
+                return math.prod(specs[name.removesuffix(zeros) + scales].shape)
+        if name.endswith("g_idx"):  # an order of columns, in int64
+            return math.prod(spec.shape) * torch.int64.itemsize
         if name.endswith(".absmax"):  # float32, whether they are stored so or nested
             return math.prod(spec.shape) * torch.float32.itemsize
         return math.prod(spec.shape) * (dtype if is_cast(name) else spec.dtype).itemsize
@@ -309,33 +217,38 @@ def loaded_sizes(directory: Path, dtype: torch.dtype) -> LoadedSizes:
 def _empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """The model without storage."""
     with torch.device("meta"):
-        return Transformer(config, _linear_factory(config), dtype)
+        return Transformer(config, linear_factory(config), dtype)
 
 
 def _modules(model: Transformer) -> dict[str, nn.Module]:
     """The modules that have tensors of their own, by their names in a checkpoint."""
-    return {hugging_face_name(name): module for name, module in model.named_modules() if _has_tensors(module)}
+    return {hugging_face_name(name): module for name, module in model.named_modules() if has_tensors(module)}
 
 
-def _linear_factory(config: ModelConfig) -> LinearFactory:
+def linear_factory(config: ModelConfig) -> LinearFactory:
+    """What makes the linears of a checkpoint with this configuration, each as the checkpoint stores it.
+
+    But for those that come dense from `find_weights`: there they are dense.
+    """
     if config.quantization is None:
         return dense_linear
     scheme_of = schemes_of(dict(config.quantization))
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
         scheme = scheme_of(hugging_face_name(name))
-        if scheme is None:
+        if scheme is None or isinstance(scheme, DenseAtLoad):
             return dense_linear(name, in_features, out_features)
         return scheme.linear(in_features, out_features)
 
     return linear
 
 
-def _has_tensors(module: nn.Module) -> bool:
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module has tensors of its own, not only those of the modules in it."""
     return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
 
 
-def _expected(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+def expected_tensors(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The tensors that a module needs, by full name, with their shapes; −1 is a length that varies."""
     if isinstance(module, QuantizedLinear):
         return {f"{name}.{suffix}": shape for suffix, shape in module.stored().items()}
@@ -344,51 +257,51 @@ def _expected(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_tensors(config: ModelConfig, checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> None:
+def _check_tensors(
+    config: ModelConfig, specs: Mapping[str, TensorSpec], directory: object, modules: Mapping[str, nn.Module]
+) -> None:
     """Every tensor that is needed is there, with its shape and of a type that we run, and none is left over."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in modules.items():
-        expected |= _expected(name, module)
-    present = set(checkpoint.names())
-    _refuse("is missing", expected.keys() - present, checkpoint)
-    spare = {name for name in present - expected.keys() if not _IGNORED.match(name)}
+        expected |= expected_tensors(name, module)
+    _refuse("is missing", expected.keys() - specs.keys(), directory)
+    spare = {name for name in specs.keys() - expected.keys() if not _IGNORED.match(name)}
     if config.tied_embeddings:
         spare -= {"lm_head.weight"}
-    _refuse("does not belong to the model that its configuration describes", spare, checkpoint)
+    _refuse("does not belong to the model that its configuration describes", spare, directory)
     for name, shape in expected.items():
-        _check_shape(checkpoint, name, shape)
+        _check_shape(name, specs[name].shape, shape, directory)
     for name, module in modules.items():
-        dtype = None if isinstance(module, QuantizedLinear) else checkpoint.spec(f"{name}.weight").dtype
+        dtype = None if isinstance(module, QuantizedLinear) else specs[f"{name}.weight"].dtype
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
             raise MistralError(
                 f"tensor {name}.weight is stored as {dtype}, which is not supported for dense weights"
             )
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    found = checkpoint.spec(name).shape
+def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...], directory: object) -> None:
     if len(found) != len(shape) or any(
         want not in (-1, have) for have, want in zip(found, shape, strict=True)
     ):
         raise IntegrityError(
-            f"tensor {name} in {checkpoint.directory} has the shape {list(found)} "
+            f"tensor {name} in {directory} has the shape {list(found)} "
             f"where the configuration asks for {list(shape)}",
             "configuration and weights are not of the same model: pull it again",
         )
 
 
-def _refuse(what: str, names: set[str], checkpoint: Checkpoint) -> None:
+def _refuse(what: str, names: set[str], directory: object) -> None:
     if names:
         first, rest = min(names), len(names) - 1
         more = f" (and {rest} more)" if rest else ""
         raise IntegrityError(
-            f"tensor {first}{more} {what} in {checkpoint.directory}",
+            f"tensor {first}{more} {what} in {directory}",
             "the checkpoint is incomplete or of another model",
         )
 
 
 def _module_bytes(checkpoint: Checkpoint, name: str, module: nn.Module) -> int:
-    specs = (checkpoint.spec(full) for full in _expected(name, module))
+    specs = (checkpoint.spec(full) for full in expected_tensors(name, module))
     return sum(spec.nbytes for spec in specs)
 
 

@@ -1,8 +1,9 @@
 """Which files of a checkpoint hold its weights, and which belong to its tokenizer: by their names."""
 
+import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """All that makes ids of text and text of ids, and says how chats are written and end."""
+
+QUANTIZE_CONFIG = "quantize_config.json"
+"""What AutoGPTQ writes beside config.json, in old repositories in place of what that states."""
+
+_CHUNK_BYTES = 1 << 22
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
@@ -94,3 +100,36 @@ def open_tensors(path: Path) -> "safe_open":
         raise IntegrityError(
             f"{path} is not a whole safetensors file: {error}", "the file is damaged: pull the model again"
         ) from error
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What tells a safetensors file from another without reading all of it: size, time, and a hash of its header.
+
+    Raises:
+        IntegrityError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, path.stat().st_size))
+        status = path.stat()
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error}", "pull the model again") from error
+    return {
+        "size_bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+    }
+
+
+def file_hash(path: Path, on_read: Callable[[int], None]) -> dict[str, Any]:
+    """Size and sha256 of a file; `on_read` gets the bytes of each step."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                on_read(len(chunk))
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error}", "pull the model again") from error
+    return {"size_bytes": path.stat().st_size, "sha256": digest.hexdigest()}

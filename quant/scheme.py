@@ -6,9 +6,12 @@ from typing import Any, Protocol, cast
 import torch
 
 from quant.errors import MistralError, UsageError
-from quant.formats import bitsandbytes, compressed_tensors
+from quant.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from quant.linear import QuantizedLinear
+from quant.method import Rounding
+from quant.methods.rtn import round_to_nearest
 from quant.schemes.affine import GROUP_SIZES, Affine
+from quant.schemes.dense import DenseAtLoad
 from quant.schemes.float4 import Float4
 from quant.schemes.llm_int8 import LlmInt8
 from quant.tensors import TensorSpec
@@ -16,8 +19,16 @@ from quant.tensors import TensorSpec
 DEFAULT_INT4_GROUP_SIZE = 128
 
 
-class Scheme(Protocol):
+class LinearScheme(Protocol):
     """How a linear layer's weight (out_features, in_features) is stored and multiplied with. Immutable."""
+
+    def linear(self, in_features: int, out_features: int) -> QuantizedLinear:
+        """An empty layer, which says what a checkpoint stores and takes it."""
+        ...
+
+
+class Scheme(LinearScheme, Protocol):
+    """One that we also write."""
 
     @property
     def name(self) -> str:
@@ -37,12 +48,13 @@ class Scheme(Protocol):
         """The tensors that `quantize` will return, by suffix: a build's size is known before it is made."""
         ...
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors to store under `<module>.<suffix>`; `dtype` is the model's, and that of scales."""
-        ...
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, rounding: Rounding = round_to_nearest
+    ) -> dict[str, torch.Tensor]:
+        """The tensors to store under `<module>.<suffix>`; `dtype` is the model's, and that of scales.
 
-    def linear(self, in_features: int, out_features: int) -> QuantizedLinear:
-        """An empty layer that takes what `quantize` returned."""
+        bitsandbytes' schemes choose their codes themselves: they know round to nearest only.
+        """
         ...
 
 
@@ -106,24 +118,31 @@ def quantization_config(schemes: Mapping[str, Scheme], dense: Sequence[str], dty
     return bitsandbytes.write(cast(Float4 | LlmInt8, kinds.pop()), dtype)
 
 
-def schemes_of(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
-    """From a checkpoint's `quantization_config`: which scheme a module has, by its full name; None is dense.
+def schemes_of(config: Mapping[str, Any]) -> Callable[[str], LinearScheme | DenseAtLoad | None]:
+    """From a checkpoint's `quantization_config`: how a module's weight is stored, by its full name; None is as it is.
 
     Raises:
         MistralError: the weights are stored in a way that is not supported; it is named.
     """
-    readers: Mapping[object, Callable[[Mapping[str, Any]], Callable[[str], Scheme | None]]] = {
+    readers: Mapping[
+        object, Callable[[Mapping[str, Any]], Callable[[str], LinearScheme | DenseAtLoad | None]]
+    ] = {
         "compressed-tensors": compressed_tensors.read,
         "bitsandbytes": bitsandbytes.read,
+        "gptq": gptq.read,
+        "awq": awq.read,
+        "fp8": fp8.read,
     }
     method = config.get("quant_method")
     reader = readers.get(method) if isinstance(method, str) else None
     if reader is None:
         raise MistralError(
             f"the quantization method {method!r} is not supported",
-            f"supported are {' and '.join(map(str, readers))}",
+            f"supported are {', '.join(map(str, readers))}",
         )
     try:
         return reader(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise MistralError(f"quantization_config has no value for {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MistralError(f"quantization_config has a value of the wrong kind: {error}") from error

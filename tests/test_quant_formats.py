@@ -11,16 +11,33 @@ from hypothesis import strategies as st
 
 from quant.errors import MistralError, UsageError
 from quant.scheme import Scheme, quantization_config, schemes_of
+from quant.schemes.act_order import ActOrder
 from quant.schemes.affine import Affine
+from quant.schemes.awq import Awq
+from quant.schemes.dense import DenseAffine
 from quant.schemes.float4 import Float4
+from quant.schemes.fp8 import Fp8
+from quant.schemes.gptq import Gptq
 from quant.schemes.llm_int8 import LlmInt8
 
 Q, DOWN, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head"
+UP, NORM, EMBEDDING = "model.layers.11.mlp.up_proj", "model.layers.0.input_layernorm", "model.embed_tokens"
 
 
 def group(*targets: str, bits: int = 4, **changes: Any) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     return {"targets": list(targets), "weights": weights | changes}
+
+
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+AWQ: dict[str, Any] = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 128,
+    "zero_point": True,
+    "version": "gemm",
+}
+FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 def pack_quantized(*groups: dict[str, Any], ignore: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def test_a_groups_weights_say_the_scheme(weights: dict[str, Any], scheme: Affine
     ("config", "named"),
     [
         ({}, "None"),
-        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "hqq"}, "hqq"),
         ({"quant_method": ["awq"]}, "awq"),
         (pack_quantized(group("Linear"), format="marlin-24"), "marlin-24"),
         (pack_quantized(group("Linear"), quantization_status="frozen"), "frozen"),
@@ -117,13 +134,12 @@ def test_a_groups_weights_say_the_scheme(weights: dict[str, Any], scheme: Affine
             pack_quantized(group("Linear"), sparsity_config={"format": "sparse-24-bitmask"}),
             "sparse-24-bitmask",
         ),
-        (pack_quantized(group("Embedding")), "Embedding"),
         (pack_quantized(group("re:[")), "regular expression"),
         (pack_quantized(group("Linear", bits=3)), "num_bits = 3"),
         (pack_quantized(group("Linear", type="float")), "float"),
         (pack_quantized(group("Linear", strategy="tensor")), "tensor"),
         (pack_quantized(group("Linear", dynamic=True)), "dynamic"),
-        (pack_quantized(group("Linear", actorder="group")), "actorder = 'group'"),
+        (pack_quantized(group("Linear", actorder="dynamic")), "actorder = 'dynamic'"),
         (pack_quantized(group("Linear", group_size="32")), "group_size"),
         (pack_quantized(group("Linear", group_size=-1)), "groups of -1"),
         (pack_quantized(group("Linear") | {"input_activations": {"num_bits": 8}}), "input_activations"),
@@ -132,9 +148,36 @@ def test_a_groups_weights_say_the_scheme(weights: dict[str, Any], scheme: Affine
         ({"quant_method": "bitsandbytes"}, "fp4"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "int4"),
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
-            "bfloat16",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "float64"},
+            "float64",
         ),
+        (GPTQ | {"bits": 3}, "bits = 3"),
+        (GPTQ | {"bits": 2}, "bits = 2"),
+        (GPTQ | {"bits": None}, "bits = None"),
+        (GPTQ | {"checkpoint_format": "gptq_p"}, "gptq_p"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "marlin"),
+        (GPTQ | {"format": "bitblas"}, "bitblas"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
+        (GPTQ | {"pack_dtype": "int16"}, "pack_dtype = 'int16'"),
+        (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic"),
+        (GPTQ | {"group_size": 0}, "group_size"),
+        (GPTQ | {"group_size": "128"}, "group_size"),
+        (GPTQ | {"group_size": True}, "group_size"),
+        ({key: value for key, value in GPTQ.items() if key != "group_size"}, "group_size"),
+        (GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], 3]}, "modules_in_block_to_quantize"),
+        (AWQ | {"version": "gemv"}, "version = 'gemv'"),
+        (AWQ | {"version": "GEMV_FAST"}, "GEMV_FAST"),
+        (AWQ | {"version": "exllama"}, "exllama"),
+        (AWQ | {"zero_point": False}, "zero_point = False"),
+        (AWQ | {"bits": 8}, "bits = 8"),
+        (AWQ | {"group_size": -2}, "group_size"),
+        (AWQ | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert"),
+        (FP8 | {"fmt": "e5m2"}, "fmt = 'e5m2'"),
+        (FP8 | {"scale_fmt": "e4m3"}, "scale_fmt = 'e4m3'"),
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": [128, 0]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": [128.0, 128]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": 128}, "quantization_config"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config: dict[str, Any], named: str) -> None:
@@ -166,6 +209,43 @@ def test_bitsandbytes_schemes_leave_the_head_and_skipped_modules_dense(
     assert (of(Q), of(DOWN), of("model.layers.11.mlp.up_proj"), of(HEAD)) == (None, None, scheme, scheme)
 
 
+@pytest.mark.parametrize(
+    ("config", "schemes"),
+    [
+        (GPTQ, {Q: Gptq(4, 128), HEAD: None, EMBEDDING: None, NORM: None}),
+        (GPTQ | {"group_size": -1, "bits": 8, "desc_act": True}, {Q: Gptq(8, None)}),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, {Q: Gptq(4, 128, 0, symmetric=False)}),
+        (GPTQ | {"format": "gptq_v2", "dynamic": None, "pack_dtype": "int32"}, {Q: Gptq(4, 128, 0)}),
+        (GPTQ | {"lm_head": True}, {Q: Gptq(4, 128), HEAD: Gptq(4, 128), EMBEDDING: None}),
+        (
+            GPTQ
+            | {"modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.q_proj"], ["mlp.up_proj"]]},
+            {Q: Gptq(4, 128), DOWN: None, UP: Gptq(4, 128), HEAD: None},
+        ),
+        (AWQ, {Q: Awq(128), HEAD: None}),
+        (AWQ | {"version": "GEMM", "group_size": -1}, {Q: Awq(None)}),
+        (AWQ | {"modules_to_not_convert": ["self_attn.q_proj"]}, {Q: None, DOWN: Awq(128), HEAD: None}),
+        (AWQ | {"modules_to_not_convert": ["model.layers.1"]}, {Q: Awq(128), DOWN: Awq(128)}),
+        (AWQ | {"modules_to_not_convert": [r"model.layers.(0|1)"]}, {Q: None, DOWN: Awq(128)}),
+        (FP8, {Q: Fp8((128, 128)), HEAD: None}),
+        (FP8 | {"modules_to_not_convert": ["model.layers.0"]}, {Q: None, DOWN: Fp8((128, 128))}),
+        (FP8 | {"weight_block_size": None}, {Q: Fp8(None)}),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, {Q: Fp8((128, 128), exponents=True)}),
+        (pack_quantized(group("Linear", actorder="group")), {Q: ActOrder(Affine(4, 32)), EMBEDDING: None}),
+        (pack_quantized(group("Linear", actorder=True)), {Q: ActOrder(Affine(4, 32))}),
+        (
+            pack_quantized(group("Embedding", bits=8, strategy="channel", group_size=None), group("Linear")),
+            {Q: Affine(4, 32), HEAD: Affine(4, 32), EMBEDDING: DenseAffine(Affine(8))},
+        ),
+    ],
+)
+def test_other_tools_configurations_give_every_module_its_scheme(
+    config: dict[str, Any], schemes: dict[str, Any]
+) -> None:
+    of = schemes_of(json.loads(json.dumps(config)))
+    assert {module: of(module) for module in schemes} == schemes
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 200) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -181,6 +261,9 @@ def test_a_configuration_with_any_value_in_any_place_is_read_or_refused(data: st
                 pack_quantized(group("Linear", "re:.*lm_head$"), ignore=("lm_head",)),
                 {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
                 {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["x"]},
+                GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"]], "checkpoint_format": "gptq"},
+                AWQ | {"modules_to_not_convert": ["self_attn.k_proj"]},
+                FP8 | {"modules_to_not_convert": ["lm_head"], "scale_fmt": "float"},
             ]
         )
     )
@@ -194,10 +277,12 @@ def test_a_configuration_with_any_value_in_any_place_is_read_or_refused(data: st
             place[key] = data.draw(json_values)
             break
     try:
-        of = schemes_of(config)
-    except MistralError:
+        found = [schemes_of(config)(module) for module in (Q, HEAD, EMBEDDING)]
+    except MistralError as error:
+        assert "\n" not in error.message
         return
-    assert isinstance(of(Q), (Affine, Float4, LlmInt8, type(None)))
+    known = (Affine, ActOrder, DenseAffine, Float4, LlmInt8, Gptq, Awq, Fp8, type(None))
+    assert all(isinstance(scheme, known) for scheme in found)
 
 
 LAYER = {"self_attn.q_proj": 96, "self_attn.o_proj": 64, "mlp.up_proj": 96, "mlp.down_proj": 256}

@@ -1,17 +1,25 @@
 """Other tools' quantized checkpoints have the weights that those tools say, and they read our builds unchanged."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import all_logits, load, random_checkpoint, token_ids
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+)
 
-from mistralcli.weights import open_checkpoint
+from mistralcli.weights import loaded_sizes, open_checkpoint
 from quant.checkpoint import quantize_checkpoint
+from quant.keep import KeepRule
 from quant.linear import QuantizedLinear
 from quant.scheme import Scheme, default_head_scheme, schemes_of
 from quant.schemes.affine import Affine
@@ -163,10 +171,112 @@ def test_nested_absmax_is_read(shared_dir: Path) -> None:
     assert torch.equal(linear.dense_rows(0, 40).bfloat16(), theirs)
 
 
-def build(source: Path, destination: Path, scheme: Scheme) -> Path:
-    head = default_head_scheme(scheme)
-    quantize_checkpoint(open_checkpoint(source), source, destination, scheme, head_scheme=head)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16},
+        {
+            "bnb_4bit_quant_type": "fp4",
+            "bnb_4bit_quant_storage": torch.float32,
+            "bnb_4bit_use_double_quant": True,
+        },
+    ],
+    ids=["double quant", "stored as bfloat16", "both, as float32"],
+)
+def test_what_transformers_saves_with_bitsandbytes_is_read(options: dict[str, Any], tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    random_checkpoint(tmp_path / "source", **SHAPE)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", quantization_config=quantization, dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "saved")
+    seen = 0
+    for name, module, linear in layers(tmp_path / "saved", theirs):
+        dense = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(linear.dense_rows(0, linear.out_features).to(dense.dtype), dense), name
+        seen += 1
+    assert seen == 21
+    ours = load(tmp_path / "saved")
+    loaded = sum(tensor.nbytes for tensor in [*ours.parameters(), *ours.buffers()])
+    assert loaded <= loaded_sizes(tmp_path / "saved", torch.float32, "cpu").total <= 1.05 * loaded
+
+
+def build(
+    source: Path, destination: Path, scheme: Scheme, keep: Sequence[KeepRule] = (), **changes: Any
+) -> Path:
+    options = {"head_scheme": default_head_scheme(scheme)} | changes
+    quantize_checkpoint(open_checkpoint(source), source, destination, scheme, keep=keep, **options)
     return destination
+
+
+MIXED = [
+    KeepRule("*.down_proj", "8"),
+    KeepRule("model.layers.1.self_attn.*", "8"),
+    KeepRule("*.0.*.o_proj", "dense"),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes"),
+    [
+        (Affine(4, 128), {"head_scheme": Affine(8, 128)}),
+        (Affine(4, 64), {"head_scheme": Affine(4, 128)}),
+        (Affine(4, 64), {"keep": MIXED}),
+        (Affine(4, 32, symmetric=False), {}),
+        (Affine(8, 128, symmetric=False), {}),
+    ],
+    ids=["head int8 by group", "head int4", "mixed", "int4-g32-asym", "int8-g128-asym"],
+)
+def test_compressed_tensors_itself_reads_our_builds(
+    scheme: Affine, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    random_checkpoint(tmp_path / "source", dtype="bfloat16", **SHAPE)
+    directory = build(tmp_path / "source", tmp_path / "build", scheme, **changes)
+    stated = json.loads((directory / "config.json").read_text())["quantization_config"]
+    tensors = load_file(directory / "model.safetensors")
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "source"))
+    ours = {name: linear for name, _, linear in layers(directory, dense)}
+    apply_quantization_config(dense, QuantizationConfig.model_validate(stated))
+    theirs = {
+        name: module for name, module in dense.named_modules() if hasattr(module, "quantization_scheme")
+    }
+    assert theirs.keys() == ours.keys()
+    for name, module in theirs.items():
+        state = {key: tensors[f"{name}.{key}"] for key in ours[name].stored()}
+        read = BaseCompressor.get_value_from_registry("pack-quantized").decompress(
+            state, module.quantization_scheme
+        )["weight"]
+        rows = ours[name].dense_rows(0, ours[name].out_features)
+        assert torch.equal(rows.to(read.dtype), read), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"keep": MIXED}, {Affine(4, 64), Affine(8)}),
+        ({"head_scheme": Affine(8, 128)}, {Affine(4, 64), Affine(8, 128)}),
+    ],
+    ids=["mixed", "head int8 by group"],
+)
+def test_transformers_reads_builds_of_several_schemes(
+    changes: dict[str, Any], kinds: set[Affine], tmp_path: Path
+) -> None:
+    random_checkpoint(tmp_path / "source", **SHAPE)
+    directory = build(tmp_path / "source", tmp_path / "build", Affine(4, 64), **changes)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    ids = token_ids(24)
+    logits = logits_of(theirs, torch.tensor(ids))
+    found = {linear.scheme for _, _, linear in layers(directory, theirs)}  # type: ignore[attr-defined]
+    assert kinds <= found
+    ours = all_logits(load(directory), ids, chunk=24, slack=24)
+    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,9 +11,10 @@ from models import SMALL, all_logits, load, random_checkpoint, token_ids
 from safetensors.torch import load_file, save_file
 from test_parity import TOLERANCE
 
+from mistralcli.checkpoint_files import hugging_face_name
 from mistralcli.config import hugging_face_config, read_config
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
-from mistralcli.weights import hugging_face_name, loaded_sizes, open_checkpoint
+from mistralcli.weights import loaded_sizes, open_checkpoint
 
 MISTRAL_NAMES = {
     hugging_face_name(name): name
@@ -232,7 +233,7 @@ def test_a_directory_without_a_model_is_not_a_model(tmp_path: Path) -> None:
 def test_the_size_that_is_planned_is_the_size_that_is_loaded(tied: bool, tmp_path: Path) -> None:
     random_checkpoint(tmp_path, dtype="bfloat16", tie_word_embeddings=tied)
     loaded = sum(parameter.nbytes for parameter in load(tmp_path).parameters())
-    assert loaded_sizes(tmp_path, torch.float32).total == loaded
+    assert loaded_sizes(tmp_path, torch.float32, "cpu").total == loaded
 
 
 @pytest.mark.parametrize("window", [None, 8, [None, 8, 8]])

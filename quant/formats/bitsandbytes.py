@@ -3,12 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from quant.errors import MistralError
-from quant.formats import names
+from quant.formats import covers, names
 from quant.schemes.float4 import Float4
 from quant.schemes.llm_int8 import LlmInt8
 
 HEAD = "lm_head"
+_STORAGES = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""By `bnb_4bit_quant_storage`: the type that the bytes of the codes are stored as."""
 
 
 def read(config: Mapping[str, Any]) -> Callable[[str], Float4 | LlmInt8 | None]:
@@ -17,7 +27,7 @@ def read(config: Mapping[str, Any]) -> Callable[[str], Float4 | LlmInt8 | None]:
     skipped = names("llm_int8_skip_modules", config.get("llm_int8_skip_modules")) or [HEAD]
 
     def scheme_of(module: str) -> Float4 | LlmInt8 | None:
-        return None if any(_covers(one, module) for one in skipped) else scheme
+        return None if any(covers(one, module) for one in skipped) else scheme
 
     return scheme_of
 
@@ -25,24 +35,17 @@ def read(config: Mapping[str, Any]) -> Callable[[str], Float4 | LlmInt8 | None]:
 def _scheme(config: Mapping[str, Any]) -> Float4 | LlmInt8:
     if config.get("load_in_8bit"):
         return LlmInt8(float(config.get("llm_int8_threshold", 6.0)))
-    quant_type, storage = (
-        config.get("bnb_4bit_quant_type", "fp4"),
-        config.get("bnb_4bit_quant_storage", "uint8"),
-    )
+    quant_type = config.get("bnb_4bit_quant_type", "fp4")
+    storage = config.get("bnb_4bit_quant_storage") or "uint8"
     if not config.get("load_in_4bit") or quant_type not in ("nf4", "fp4"):
         raise MistralError(
             f"bitsandbytes weights that are neither int8, nf4 nor fp4 are not supported ({quant_type})"
         )
-    if storage != "uint8":
+    if storage not in _STORAGES:
         raise MistralError(
             f"bitsandbytes weights stored as {storage} (bnb_4bit_quant_storage) are not supported"
         )
-    return Float4(quant_type, bool(config.get("bnb_4bit_use_double_quant")))
-
-
-def _covers(skipped: str, module: str) -> bool:
-    """A skipped name covers the modules it is a suffix of, and those inside the module that it names."""
-    return module.endswith(skipped) or f"{module}.".startswith(f"{skipped}.")
+    return Float4(quant_type, bool(config.get("bnb_4bit_use_double_quant")), _STORAGES[storage])
 
 
 def write(scheme: Float4 | LlmInt8, dtype: str) -> dict[str, Any]:

@@ -4,26 +4,33 @@ Verified against compressed-tensors 0.19 and 0.20, transformers 5.17 and 5.23, a
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from quant.errors import MistralError
 from quant.formats import names
+from quant.schemes.act_order import ActOrder
 from quant.schemes.affine import Affine
+from quant.schemes.dense import DenseAffine
 
 FORMAT = "pack-quantized"
 VERSION = "0.20.0"
 """Of compressed-tensors: the one whose configuration this is."""
 
-_MODULE_CLASS = "Linear"
+EMBEDDING = "model.embed_tokens"
+_CLASSES = {"Linear": rf"(?!{re.escape(EMBEDDING)}$)", "Embedding": rf"{re.escape(EMBEDDING)}$"}
+"""By class: an expression for the names of its modules."""
+
+Stored = Affine | ActOrder | DenseAffine
 
 
-def read(config: Mapping[str, Any]) -> Callable[[str], Affine | None]:
-    """Which scheme a linear layer has, by its full name; None where it is dense.
+def read(config: Mapping[str, Any]) -> Callable[[str], Stored | None]:
+    """Which scheme a linear layer or the embedding has, by its full name; None where it is dense.
 
     Targets and `ignore` hold exact names, `re:` and a regular expression that matches from the start of the
-    name, or the class name Linear. An exact name goes before an expression, expressions in alphabetical order
-    before the class.
+    name, or a class name, Linear or Embedding. An exact name goes before an expression, expressions in alphabetical
+    order before the class.
 
     Raises:
         MistralError: what is stored is of a kind that is not supported; it is named.
@@ -33,10 +40,15 @@ def read(config: Mapping[str, Any]) -> Callable[[str], Affine | None]:
     targets = sorted(_targets(config.get("config_groups")), key=lambda item: (_priority(item[0]), item[0]))
     patterns = [(_pattern(target), scheme) for target, scheme in targets]
 
-    def scheme_of(module: str) -> Affine | None:
+    def scheme_of(module: str) -> Stored | None:
         if any(pattern.match(module) for pattern in ignored):
             return None
-        return next((scheme for pattern, scheme in patterns if pattern.match(module)), None)
+        found = next((scheme for pattern, scheme in patterns if pattern.match(module)), None)
+        if module != EMBEDDING or found is None:
+            return found
+        if isinstance(found, ActOrder):
+            _refuse("actorder", "group")
+        return DenseAffine(found)
 
     return scheme_of
 
@@ -59,7 +71,7 @@ def _refuse(key: str, value: object) -> NoReturn:
     )
 
 
-def _targets(groups: object) -> Iterator[tuple[str, Affine]]:
+def _targets(groups: object) -> Iterator[tuple[str, Affine | ActOrder]]:
     if not isinstance(groups, dict):
         _refuse("config_groups", groups)
     for name, group in groups.items():
@@ -69,18 +81,16 @@ def _targets(groups: object) -> Iterator[tuple[str, Affine]]:
             if group.get(key) not in (None, supported):
                 _refuse(key, group[key])
         for target in names("targets", group.get("targets")):
-            if target == "Embedding":
-                _refuse("targets", target)
             yield target, _scheme(group["weights"])
 
 
-def _scheme(weights: Mapping[str, Any]) -> Affine:
+def _scheme(weights: Mapping[str, Any]) -> Affine | ActOrder:
     supported = {
         "type": ("int",),
         "strategy": ("group", "channel"),
         "num_bits": (4, 8),
         "dynamic": (False,),
-        "actorder": (None, "weight", "static"),
+        "actorder": (None, False, "weight", "static", True, "group"),
     }
     defaults = {"type": "int", "dynamic": False}
     for key, values in supported.items():
@@ -91,19 +101,20 @@ def _scheme(weights: Mapping[str, Any]) -> Affine:
     if by_group and not isinstance(weights.get("group_size"), int):
         _refuse("group_size", weights.get("group_size"))
     group_size = weights["group_size"] if by_group else None
-    return Affine(int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
+    affine = Affine(int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
+    return ActOrder(affine) if by_group and weights.get("actorder") in (True, "group") else affine
 
 
 def _priority(target: str) -> int:
-    if target == _MODULE_CLASS:
+    if target in _CLASSES:
         return 2
     return 1 if target.startswith("re:") else 0
 
 
 def _pattern(target: str) -> re.Pattern[str]:
     """What matches the names that a target stands for."""
-    if target == _MODULE_CLASS:
-        return re.compile("")
+    if target in _CLASSES:
+        return re.compile(_CLASSES[target])
     try:
         return re.compile(target.removeprefix("re:") if target.startswith("re:") else re.escape(target) + "$")
     except re.error as error:
@@ -115,18 +126,22 @@ def _pattern(target: str) -> re.Pattern[str]:
 def write(schemes: Mapping[str, Affine], dense: list[str]) -> dict[str, Any]:
     """The configuration of a build: `schemes` by full module name, `dense` the linears left as they are.
 
-    Modules of one scheme are named by one regular expression, and these are disjoint, so that every reader
-    gives each layer the same scheme whatever the order it tries them in.
+    Modules of one scheme are named by regular expressions, and these are disjoint, so that every reader
+    gives each layer the same scheme whatever the order it tries them in. Where all linears of one kind, like
+    down_proj, have one scheme, the kind is named; else the layers' numbers and the kind are.
     """
     by_scheme: dict[Affine, set[str]] = {}
     for module, scheme in schemes.items():
-        by_scheme.setdefault(scheme, set()).add(module.rpartition(".")[2])
-    every = [name for names in by_scheme.values() for name in names]
-    assert len(every) == len(set(every)), "layers of one kind must share a scheme"
-    largest_first = sorted(by_scheme.items(), key=lambda item: -len(item[1]))
+        by_scheme.setdefault(scheme, set()).add(module)
+    whole = _kinds_of_one_scheme([*schemes, *dense], by_scheme)
+    n_kinds = {
+        scheme: len({_kind(module) for module in found} & whole) for scheme, found in by_scheme.items()
+    }
+    largest_first = sorted(by_scheme.items(), key=lambda item: -n_kinds[item[0]])
     return {
         "config_groups": {
-            f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(largest_first)
+            f"group_{i}": _group(scheme, _named(modules, whole))
+            for i, (scheme, modules) in enumerate(largest_first)
         },
         "format": FORMAT,
         "global_compression_ratio": None,
@@ -141,13 +156,47 @@ def write(schemes: Mapping[str, Affine], dense: list[str]) -> dict[str, Any]:
     }
 
 
-def _group(scheme: Affine, names: set[str]) -> dict[str, Any]:
-    choice = "|".join(sorted(names))
+def _kind(module: str) -> str:
+    """The last part of a module's name: down_proj, lm_head."""
+    return module.rpartition(".")[2]
+
+
+def _kinds_of_one_scheme(modules: Iterable[str], by_scheme: Mapping[Affine, set[str]]) -> set[str]:
+    """The kinds whose modules all have the same scheme; none of them is dense."""
+    every = Counter(map(_kind, modules))
+    return {
+        kind
+        for found in by_scheme.values()
+        for kind, count in Counter(map(_kind, found)).items()
+        if count == every[kind]
+    }
+
+
+def _named(modules: set[str], whole: set[str]) -> list[str]:
+    """Targets that name these modules: kinds of which they are all, and others by the numbers of their layers."""
+    targets = []
+    if kinds := {_kind(module) for module in modules} & whole:
+        choice = "|".join(sorted(kinds))
+        targets.append(f"re:.*({choice})$" if len(kinds) > 1 else f"re:.*{choice}$")
+    layers: dict[str, list[int]] = {}
+    for module in modules:
+        if _kind(module) not in whole:
+            layers.setdefault(_kind(module), []).append(int(module.split(".")[2]))
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for kind, numbers in sorted(layers.items()):
+        alike.setdefault(tuple(sorted(numbers)), []).append(kind)
+    for shared, kinds_alike in alike.items():
+        some = "|".join(map(str, shared))
+        targets.append(rf"re:.*\.layers\.({some})\..*\.({'|'.join(kinds_alike)})$")
+    return targets
+
+
+def _group(scheme: Affine, targets: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "input_activations": None,
         "output_activations": None,
-        "targets": [f"re:.*({choice})$" if len(names) > 1 else f"re:.*{choice}$"],
+        "targets": targets,
         "weights": {
             "dynamic": False,
             "group_size": scheme.group_size,

@@ -12,6 +12,7 @@ import torch
 from quant.errors import IntegrityError, MistralError
 from quant.kernels.cpu.layout import Interleaved, interleave, restored
 from quant.linear import QuantizedLinear
+from quant.method import Rounding
 from quant.methods.rtn import round_to_nearest
 from quant.ops import dequantize, int4_matmul, int8_matmul, interleaved_matmul
 from quant.packing import pack_codes, pack_zeros, unpack_zeros, words
@@ -72,7 +73,9 @@ class Affine:
             specs["weight_zero_point"] = TensorSpec((words(out_features, self.bits), n_groups), torch.int32)
         return specs
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, rounding: Rounding = round_to_nearest
+    ) -> dict[str, torch.Tensor]:
         """The stored tensors of a weight, by suffix; it is read a tile of rows at a time."""
         out_features, in_features = weight.shape
         specs = self.specs(out_features, in_features, dtype)
@@ -80,8 +83,9 @@ class Affine:
         zeros = torch.empty(stored["weight_scale"].shape, dtype=torch.int8)
 
         def quantize_rows(rows: slice) -> None:
-            tile = round_to_nearest(
+            tile = rounding(
                 weight[rows].float(),
+                rows=rows,
                 bits=self.bits,
                 group_size=self.group_size or in_features,
                 symmetric=self.symmetric,
@@ -110,18 +114,21 @@ class Affine:
 class AffineLinear(QuantizedLinear):
     """Keeps the packed weight as it is stored, viewed as bytes, and the zero points as int8.
 
-    Prepared on the CPU it has `interleaved` instead, and the other three are None.
+    Prepared on the CPU it has `interleaved` instead, and the other three are None. `columns` (in_features,) says
+    which column each of the packed ones is, where groups of columns lay scattered; None where that is their order.
     """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    columns: torch.Tensor | None
     interleaved: Interleaved | None
 
     def __init__(self, scheme: Affine, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.scheme = scheme
         self._forget_stored()
+        self.register_buffer("columns", None, persistent=False)
         self.interleaved = None
 
     def _forget_stored(self) -> None:
@@ -134,12 +141,21 @@ class AffineLinear(QuantizedLinear):
 
     def load_stored(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._check(tensors)
-        self.qweight = tensors["weight_packed"].view(torch.uint8).to(device)
-        self.scales = tensors["weight_scale"].to(device)
+        zeros = None
         if not self.scheme.symmetric:
-            zeros = unpack_zeros(tensors["weight_zero_point"], self.scheme.bits, self.out_features)
-            self.zeros = zeros.to(device)
-        self.interleaved = None
+            zeros = unpack_zeros(tensors["weight_zero_point"], self.scheme.bits, self.out_features).to(device)
+        self.take(tensors["weight_packed"].to(device), tensors["weight_scale"].to(device), zeros)
+
+    def take(
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        columns: torch.Tensor | None = None,
+    ) -> None:
+        """Let this be the weight: words as `quant.packing` makes them, and what stands at the class, on one device."""
+        self.qweight, self.scales, self.zeros = packed.view(torch.uint8), scales, zeros
+        self.columns, self.interleaved = columns, None
 
     def prepare(self) -> None:
         """On the CPU, take the layout of its kernels; not where the weight is of a shape that they do not know."""
@@ -165,6 +181,8 @@ class AffineLinear(QuantizedLinear):
                 raise IntegrityError(f"{suffix} is stored as {tensors[suffix].dtype}, not as torch.int32")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None:
+            x = x.index_select(-1, self.columns)
         if self.interleaved is not None:
             return interleaved_matmul(x, self.interleaved)
         y: torch.Tensor = _MATMULS[self.scheme.bits](x, self.qweight, self.scales, self.zeros)
@@ -177,4 +195,7 @@ class AffineLinear(QuantizedLinear):
             rows = slice(start, stop)
             qweight, scales = self.qweight[rows], self.scales[rows]
             zeros = None if self.zeros is None else self.zeros[rows]
-        return dequantize(qweight, scales, zeros, self.in_features, self.scheme.bits)
+        packed = dequantize(qweight, scales, zeros, self.in_features, self.scheme.bits)
+        if self.columns is None:
+            return packed
+        return torch.empty_like(packed).index_copy_(1, self.columns, packed)

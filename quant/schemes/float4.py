@@ -14,6 +14,8 @@ import torch
 
 from quant.errors import IntegrityError
 from quant.linear import QuantizedLinear
+from quant.method import Rounding
+from quant.methods.rtn import round_to_nearest
 from quant.schemes.bnb import bitsandbytes
 from quant.tensors import TensorSpec
 from quant.tiles import map_tiles
@@ -25,10 +27,13 @@ TILE_WEIGHTS = 1 << 18
 
 @dataclass(frozen=True)
 class Float4:
-    """`quant_type`: nf4 or fp4. `nested`: absmax is itself quantized ("double quant"); read, not written."""
+    """`quant_type`: nf4 or fp4. `nested`: absmax is itself quantized ("double quant"). `storage`: the type that the
+    bytes of the codes are stored as. Other than the defaults these two are read, not written.
+    """
 
     quant_type: str = "nf4"
     nested: bool = False
+    storage: torch.dtype = torch.uint8
 
     @property
     def name(self) -> str:
@@ -51,7 +56,7 @@ class Float4:
         n_weights = out_features * in_features
         n_blocks = -(-n_weights // BLOCK_SIZE)
         specs = {
-            "weight": TensorSpec((-(-n_weights // 2), 1), torch.uint8),
+            "weight": TensorSpec((-(-n_weights // 2) // self.storage.itemsize, 1), self.storage),
             "weight.absmax": TensorSpec((n_blocks,), torch.uint8 if self.nested else torch.float32),
             "weight.quant_map": TensorSpec((16,), torch.float32),
             self.state_suffix: TensorSpec((len(self._state(out_features, in_features, dtype)),), torch.uint8),
@@ -61,9 +66,12 @@ class Float4:
             specs["weight.nested_quant_map"] = TensorSpec((256,), torch.float32)
         return specs
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, rounding: Rounding = round_to_nearest
+    ) -> dict[str, torch.Tensor]:
         """The stored tensors of a weight, by suffix; it is read a tile of whole blocks at a time."""
-        assert not self.nested, "nested blocks are read, not written"
+        assert self == Float4(self.quant_type), "nested blocks and other storage are read, not written"
+        assert rounding is round_to_nearest, "nf4 and fp4 have no other method"
         functional = bitsandbytes().functional
         out_features, in_features = weight.shape
         whole_blocks = BLOCK_SIZE // math.gcd(BLOCK_SIZE, in_features)
@@ -118,13 +126,17 @@ class Float4Linear(QuantizedLinear):
         return {suffix: spec.shape for suffix, spec in specs.items()} | {self.scheme.state_suffix: (-1,)}
 
     def load_stored(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        if tensors["weight"].dtype != self.scheme.storage:
+            raise IntegrityError(
+                f"weight is stored as {tensors['weight'].dtype}, not as {self.scheme.storage}"
+            )
         state = self._checked_state(tensors)
         absmax = tensors["weight.absmax"]
         if self.scheme.nested:
             values = tensors["weight.nested_quant_map"][absmax.long()]
             absmax = values * _by_block(tensors["weight.nested_absmax"], NESTED_BLOCK_SIZE, absmax.numel())
             absmax = absmax + state["nested_offset"]
-        self.qweight = tensors["weight"].to(device)
+        self.qweight = tensors["weight"].view(torch.uint8).view(-1, 1).to(device)
         self.absmax = absmax.to(device)
         self.quant_map = tensors["weight.quant_map"].to(device)
 

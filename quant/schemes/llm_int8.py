@@ -10,6 +10,8 @@ import torch
 
 from quant.errors import IntegrityError
 from quant.linear import QuantizedLinear
+from quant.method import Rounding
+from quant.methods.rtn import round_to_nearest
 from quant.schemes.bnb import bitsandbytes
 from quant.tensors import TensorSpec
 from quant.tiles import map_tiles
@@ -45,8 +47,11 @@ class LlmInt8:
             "weight_format": TensorSpec((), torch.uint8),
         }
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, rounding: Rounding = round_to_nearest
+    ) -> dict[str, torch.Tensor]:
         """The stored tensors of a weight, by suffix, made from float16 as bitsandbytes makes them."""
+        assert rounding is round_to_nearest, "LLM.int8 has no other method"
         functional = bitsandbytes().functional
 
         def quantize_rows(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

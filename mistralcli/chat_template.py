@@ -20,6 +20,8 @@ MAX_SOURCE_CHARS = 2**19
 MAX_RENDERED_CHARS = 2**26
 """The longest text that a template may write: far more than any context holds."""
 
+_GIVEN = {"messages", "add_generation_prompt"}
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -38,12 +40,14 @@ class ChatTemplate:
 
         Args:
             messages: at least one; an assistant message that comes last must be open (`prefix`).
-            variables: what the template sees beside the messages: `bos_token`, `eos_token` and the like.
+            variables: what the template sees beside the messages: `bos_token`, `tools` and the like.
         Raises:
-            UsageError: the template refuses these messages.
+            UsageError: the template refuses these messages, or a variable has the name of what it is given anyway.
             IntegrityError: the template is broken, or takes too much time, memory or room.
         """
         _check_answerable(messages)
+        if taken := sorted(_GIVEN & variables.keys()):
+            raise UsageError(f"a chat template's variable cannot be named {taken[0]}", "choose another name")
         shown = [{"role": message.role, "content": message.content} for message in messages]
         if messages[-1].role != "assistant":
             return self._write(messages=shown, add_generation_prompt=True, **variables)
@@ -57,7 +61,8 @@ class ChatTemplate:
 
         try:
             with bounded():
-                return "".join(_limited(self._compiled.generate(tools=None, documents=None, **variables)))
+                written = self._compiled.generate(**{"tools": None, "documents": None} | variables)
+                return "".join(_limited(written))
         except TemplateRefusalError as error:
             message = f"the chat template refuses this conversation: {error}"
             raise UsageError(message, CONVERSATION_RULE) from error

@@ -1,8 +1,8 @@
 """A conversation: an ordered list of messages, as chat templates take them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 
@@ -38,6 +38,21 @@ class Conversation:
         """Replace, add or (with None) drop the system prompt, which comes first."""
         rest = tuple(m for m in self.messages if m.role != "system")
         return Conversation(((Message("system", content),) if content else ()) + rest)
+
+
+@dataclass(frozen=True)
+class ChatExtras:
+    """What a chat format is told beside the messages.
+
+    tools: functions that the model may call, as OpenAI's API describes them (`tools.parse_tools`). variables: for a
+    Jinja template, by name; Mistral's own formats have none.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_EXTRAS = ChatExtras()
 
 
 def well_formed(text: str) -> str:

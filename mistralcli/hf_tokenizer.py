@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Encoder
 
 from mistralcli.chat_template import ChatTemplate
 from mistralcli.config import read_json
-from mistralcli.conversation import Conversation, well_formed
+from mistralcli.conversation import NO_EXTRAS, ChatExtras, Conversation, well_formed
 from mistralcli.detokenizer import SPACE_MARK, StreamDecoder, byte_level_bytes, piece_bytes
 from mistralcli.errors import IntegrityError, MistralError, UsageError
 
@@ -58,14 +58,16 @@ class HuggingFaceTokenizer:
         after = [self._eos_id] if eos and self._eos_id is not None else []
         return before + self._encoder.encode(well_formed(text)) + after
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
+    def encode_chat(self, conversation: Conversation, extras: ChatExtras = NO_EXTRAS) -> list[int]:
         if self._template is None:
             raise UsageError("this model has no chat template", "give it text to continue, with `--raw`")
         hidden = [
             replace(message, content=self._encoder.hide(well_formed(message.content)))
             for message in conversation.messages
         ]
-        token_ids = self._encoder.encode_rendered(self._template.render(hidden, self._names))
+        tools = [self._hidden(tool) for tool in extras.tools] or None
+        variables = {**self._hidden(extras.variables), **self._names, "tools": tools}
+        token_ids = self._encoder.encode_rendered(self._template.render(hidden, variables))
         if not token_ids:
             raise IntegrityError(
                 f"the chat template in {self._template.path} writes nothing that the model could answer",
@@ -73,16 +75,33 @@ class HuggingFaceTokenizer:
             )
         return token_ids
 
+    def _hidden(self, value: Any) -> Any:
+        """A JSON value with the control tokens' names hidden in all its texts, as in a message's."""
+        if isinstance(value, str):
+            return self._encoder.hide(well_formed(value))
+        if isinstance(value, Mapping):
+            return {key: self._hidden(one) for key, one in value.items()}
+        return [self._hidden(one) for one in value] if isinstance(value, list) else value
+
+    def encode_fim(self, before: str, after: str) -> list[int]:
+        raise UsageError(
+            "a tokenizer.json does not say how text is filled in",
+            "take a model with Mistral's own tokenizer file, like Codestral",
+        )
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.stream().decode(token_ids)
 
     def stream(self, *, continues_text: bool = False) -> StreamDecoder:
-        return StreamDecoder(self._token_bytes, drop_space=self._drops_space and not continues_text)
+        return StreamDecoder(self.token_bytes, drop_space=self._drops_space and not continues_text)
+
+    def control_name(self, token_id: int) -> str | None:
+        return self._encoder.piece(token_id) if token_id in self._special_ids else None
 
     def render(self, token_ids: Sequence[int]) -> str:
         return self._encoder.render(token_ids)
 
-    def _token_bytes(self, token_id: int) -> bytes | None:
+    def token_bytes(self, token_id: int) -> bytes | None:
         piece = self._encoder.piece(token_id)
         return None if piece is None or token_id in self._special_ids else self._bytes_of_piece(piece)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.fim.request import FIMRequest
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     ChatMessage,
@@ -18,18 +19,29 @@ from mistral_common.protocol.instruct.messages import (
 )
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers import instruct
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, Tokenized, TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as ChatEncoder
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from pydantic import ValidationError
 
-from mistralcli.conversation import CONVERSATION_RULE, Conversation, Message, well_formed
+from mistralcli.conversation import (
+    CONVERSATION_RULE,
+    NO_EXTRAS,
+    ChatExtras,
+    Conversation,
+    Message,
+    well_formed,
+)
 from mistralcli.detokenizer import StreamDecoder, piece_bytes
 from mistralcli.errors import IntegrityError, MistralError, UsageError
 
 _ChatEncoder = ChatEncoder[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]
+
+_NO_FIM = "take a model that was trained to, like Codestral"
 
 _VERSIONED_NAME = re.compile(r"\.model\.(v\d+)(?:m\d+)?$")
 
@@ -61,26 +73,56 @@ class MistralTokenizer:
             # tekken's regular expression gives up on a run of some hundred thousand spaces.
             raise MistralError(f"this text of {len(text)} characters cannot be tokenized: {error}") from error
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
+    def encode_chat(self, conversation: Conversation, extras: ChatExtras = NO_EXTRAS) -> list[int]:
+        if extras.variables:
+            raise UsageError(
+                f"the chat format {self.version} is no Jinja template, so it has no variables",
+                "leave --template-vars out",
+            )
+        if extras.tools and self.version == "v1":
+            raise UsageError("the chat format v1 has no tools", "leave --tools out, or take a newer model")
         messages = [_chat_message(message) for message in conversation.messages]
         try:
-            return self._chat.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+            tools = [Tool.model_validate(tool) for tool in extras.tools] or None
+            request = ChatCompletionRequest(messages=messages, tools=tools)
+            return self._chat.encode_chat_completion(request).tokens
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UsageError(f"a tool is not as the chat format wants it: {place}: {first['msg']}") from error
         except MistralCommonException as error:
             message = f"the chat format {self.version} refuses this conversation: {error.message}"
             raise UsageError(message, CONVERSATION_RULE) from error
         except ValueError as error:
             raise MistralError(f"this conversation cannot be tokenized: {error}") from error
 
+    def encode_fim(self, before: str, after: str) -> list[int]:
+        request = FIMRequest(prompt=well_formed(before), suffix=well_formed(after))
+        try:
+            token_ids = self._chat.encode_fim(request).tokens
+        except (MistralCommonException, ValueError) as error:
+            raise UsageError(f"this text cannot be filled in: {error}", _NO_FIM) from error
+        if (
+            self.family == "spm" and self._tokenizer.unk_id in token_ids
+        ):  # v2 has the format, and not its tokens
+            raise UsageError(f"the tokenizer has no tokens for filling in ({self.version})", _NO_FIM)
+        return token_ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.stream().decode(token_ids)
 
     def stream(self, *, continues_text: bool = False) -> StreamDecoder:
-        return StreamDecoder(self._token_bytes, drop_space=self.family == "spm" and not continues_text)
+        return StreamDecoder(self.token_bytes, drop_space=self.family == "spm" and not continues_text)
+
+    def control_name(self, token_id: int) -> str | None:
+        tokenizer = self._tokenizer
+        is_control = 0 <= token_id < self.vocab_size and tokenizer.is_special(token_id)
+        return tokenizer.id_to_piece(token_id) if is_control else None
 
     def render(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), special_token_policy=SpecialTokenPolicy.KEEP)
 
-    def _token_bytes(self, token_id: int) -> bytes | None:
+    def token_bytes(self, token_id: int) -> bytes | None:
         tokenizer = self._tokenizer
         if (
             not 0 <= token_id < self.vocab_size

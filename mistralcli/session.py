@@ -21,8 +21,8 @@ from mistralcli.device import (
     room_bytes,
     taken_bytes,
 )
-from mistralcli.engine import Engine, FinishReason
-from mistralcli.errors import IntegrityError, NotEnoughMemoryError, UsageError
+from mistralcli.engine import ChooseToken, Engine, FinishReason
+from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.plan import (
     Demand,
     MemoryPlan,
@@ -35,9 +35,9 @@ from mistralcli.plan import (
 )
 from mistralcli.sampling import Sampler, SamplingParams
 from mistralcli.threads import set_threads
-from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_fitting_tokenizer
 from mistralcli.units import size_text
-from mistralcli.weights import OnProgress, load_kernels, load_model
+from mistralcli.weights import OnProgress, load_kernels, load_model, loaded_sizes
 
 _COMPILING = {
     "cuda": ("compiling kernels for this GPU, which is done once and kept", 2.0),
@@ -63,6 +63,8 @@ class SessionOptions:
     """Of the CPU, for all that the process computes there."""
     exact: bool = False
     """Float32 activations that no kernel of the CPU rounds."""
+    n_seqs: int = 1
+    """Sequences that are decoded together, each with a context of its own."""
 
     def __post_init__(self) -> None:
         for name, value in (("chunk", self.chunk), ("slack", self.slack)):
@@ -202,9 +204,16 @@ class Session:
     """A loaded model with its tokenizer; made by `open_session`."""
 
     def __init__(
-        self, name: str, tokenizer: Tokenizer, engine: Engine, plan: MemoryPlan, load_s: float
+        self,
+        name: str,
+        directory: Path,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        plan: MemoryPlan,
+        load_s: float,
     ) -> None:
         self.name = name
+        self.directory = directory
         self.tokenizer = tokenizer
         self.engine = engine
         self.plan = plan
@@ -248,18 +257,23 @@ class Session:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         continues_text: bool = False,
+        through: Sequence[Callable[[ChooseToken], ChooseToken]] = (),
     ) -> Completion:
         """Continue the ids, as far as the model goes on or `max_tokens` or the context allow.
 
         `continues_text` says that the completion goes on in the midst of a text, so that a space which it begins
-        with is part of it; an answer's first space is not.
+        with is part of it; an answer's first space is not. `through`: what is put around the sampler, the innermost
+        first: a grammar, a recorder of log-probabilities.
 
         Raises:
             ContextOverflowError: the ids leave no room for one token.
         """
         self.engine.require_room(len(token_ids))
         sampler = Sampler(params)
-        ids = self.engine.generate(token_ids, sampler, stop_ids=self.stop_ids, max_tokens=max_tokens)
+        choose: ChooseToken = sampler
+        for wrap in through:
+            choose = wrap(choose)
+        ids = self.engine.generate(token_ids, choose, stop_ids=self.stop_ids, max_tokens=max_tokens)
         n_cached = self.engine.n_reusable(token_ids)
         decoder = self.tokenizer.stream(continues_text=continues_text)
         return Completion(token_ids, ids, decoder, StopScanner(stop), n_cached=n_cached, seed=sampler.seed)
@@ -305,12 +319,7 @@ def open_session(
         demand = demand_under(options, directory, device, room)
         if options.exact:
             _require_exact(device, demand.dtype)
-        tokenizer = load_tokenizer(directory)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise IntegrityError(
-                f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}",
-                "tokenizer and weights are not of the same model: pull it again",
-            )
+        tokenizer = load_fitting_tokenizer(directory, config.vocab_size)
         plan = _plan(config, options, demand, device, room, on_note)
         model = load_model(
             directory, device=device, dtype=demand.dtype, exact=options.exact, on_progress=on_progress
@@ -322,13 +331,14 @@ def open_session(
             max_seq_len=plan.ctx,
             chunk=demand.chunk,
             slack=demand.slack,
+            n_seqs=options.n_seqs,
             device=device,
             cache_dtype=demand.cache_dtype,
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what was used to load and to join
         _check_limit(device, options.memory_limit)
-    return Session(name or directory.name, tokenizer, engine, plan, time.perf_counter() - started)
+    return Session(name or directory.name, directory, tokenizer, engine, plan, time.perf_counter() - started)
 
 
 def demand_under(options: SessionOptions, directory: Path, device: torch.device, room_bytes: int) -> Demand:
@@ -340,12 +350,13 @@ def demand_under(options: SessionOptions, directory: Path, device: torch.device,
     """
     dtype = choose_dtype(options.dtype, device)
     return demand_of(
-        directory,
+        loaded_sizes(directory, dtype, device.type),
         dtype,
         options.chunk or default_chunk(device, room_bytes),
         options.slack or default_slack(device, room_bytes),
         device.type,
-        choose_cache_dtype(options.kv, dtype),
+        choose_cache_dtype(options.kv, dtype, device.type, options.exact),
+        options.n_seqs,
     )
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Protocol
 
 from mistralcli.chat_template import find_template
-from mistralcli.conversation import Conversation
+from mistralcli.conversation import NO_EXTRAS, ChatExtras, Conversation
 from mistralcli.detokenizer import StreamDecoder
 from mistralcli.errors import IntegrityError
 from quant.files import MISTRAL_TOKENIZERS, matches
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "load_fitting_tokenizer", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -35,10 +35,17 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
+    def encode_chat(self, conversation: Conversation, extras: ChatExtras = NO_EXTRAS) -> list[int]:
         """The ids that ask for the next assistant message, or for the rest of an open one (`prefix`).
 
-        Messages are text, as in `encode`. Raises UsageError for a conversation that the format refuses.
+        Messages are text, as in `encode`. Raises UsageError for a conversation, or extras, that the format refuses.
+        """
+        ...
+
+    def encode_fim(self, before: str, after: str) -> list[int]:
+        """The ids that ask for what is missing between two texts ("fill in the middle").
+
+        Raises UsageError where the tokenizer has no such format.
         """
         ...
 
@@ -52,6 +59,14 @@ class Tokenizer(Protocol):
         The space that SentencePiece puts before a text's first word is dropped, unless the completion
         `continues_text` (a raw prompt, an open assistant message) and the space is one between two words.
         """
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The UTF-8 bytes that an id adds to a text; None for a control token, and for an id that there is not."""
+        ...
+
+    def control_name(self, token_id: int) -> str | None:
+        """A control token's name, like `[INST]`; None for any other."""
         ...
 
     def render(self, token_ids: Sequence[int]) -> str:
@@ -90,6 +105,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         f"{directory} has no tokenizer: neither tekken.json nor tokenizer.model nor tokenizer.json",
         "pull the model again",
     )
+
+
+def load_fitting_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """As `load_tokenizer`, for a model of that many tokens; IntegrityError too where the tokenizer has more."""
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise IntegrityError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model {vocab_size}",
+            "tokenizer and weights are not of the same model: pull it again",
+        )
+    return tokenizer
 
 
 def _mistral_file(directory: Path) -> Path | None:

@@ -1,14 +1,12 @@
 """`mistral run`: one prompt, one answer; only the completion goes to stdout."""
 
-import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, cast
 
 import typer
 
-from mistralcli.cli import console
-from mistralcli.cli.answers import load_session, note_end, read_prompt
+from mistralcli.cli.answers import load_session, read_prompt
 from mistralcli.cli.options import (
     DEFAULT_TEMPERATURE,
     KV,
@@ -32,10 +30,16 @@ from mistralcli.cli.options import (
     stop_texts,
     utf8_text,
 )
+from mistralcli.cli.run_batch import batch_settings, require_output, run_batch
+from mistralcli.cli.run_one import Form, Overflow, Prompt, Request, answer_one
+from mistralcli.cli.run_prompt import read_extras, read_grammar, read_system
 from mistralcli.errors import UsageError
 
-if TYPE_CHECKING:
-    from mistralcli.session import Completion, Session
+_JOBS = 8
+"""Sequences of a batch, which share each reading of the weights: more gain little on a CPU and take more cache."""
+
+_PROMPT = "Prompt"
+_OUTPUT = "Output"
 
 
 def run(
@@ -48,14 +52,138 @@ def run(
         Path | None, typer.Option("-f", "--file", help="Read the prompt from a file; `-` is standard input.")
     ] = None,
     system: System = None,
+    system_file: Annotated[
+        Path | None,
+        typer.Option("--system-file", help="Read the system prompt from a file.", rich_help_panel=_PROMPT),
+    ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+        bool,
+        typer.Option(
+            "--raw", help="Continue the text as it is, without a chat template.", rich_help_panel=_PROMPT
+        ),
     ] = False,
+    fim: Annotated[
+        bool,
+        typer.Option(
+            "--fim", help="Fill in what comes between the prompt and --suffix.", rich_help_panel=_PROMPT
+        ),
+    ] = False,
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            "--suffix",
+            help="With --fim: the text after the gap.",
+            callback=utf8_text,
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            "--tools",
+            help="A JSON file of functions; the model's calls are printed as JSON.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    template_vars: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template-vars",
+            metavar="NAME=VALUE",
+            help="A variable for the chat template, its value in JSON or a text (several times).",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--prefix-cache",
+            help="Keep what the system prompt computes in this file, and take it from there the next time.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    overflow: Annotated[
+        str,
+        typer.Option(
+            "--overflow",
+            metavar="error|head|tail",
+            help="When the prompt is too long: fail, or keep the head or the tail of its text and say so.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = "error",
     max_tokens: MaxTokens = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
             "--stop", help="End before this text (may be given several times).", callback=stop_texts
+        ),
+    ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--schema", help="Answer in JSON that fits the JSON schema in a file.", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            "--regex",
+            help="Answer what this expression matches.",
+            callback=utf8_text,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            "--grammar", help="Answer what the grammar in a file allows (Lark).", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=_OUTPUT),
+    ] = False,
+    ndjson: Annotated[
+        bool,
+        typer.Option(
+            "--ndjson", help="Print a line of JSON for each piece, then --json's.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            min=0,
+            max=100,
+            metavar="K",
+            help="In JSON: each token's log-probability, and the K likeliest.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch",
+            metavar="IN.jsonl",
+            help='Answer a prompt a line, like {"prompt": "Hi"}; with -o, and -j at a time.',
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="With --batch: the file for the answers.", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            "--jobs",
+            min=1,
+            max=256,
+            help="With --batch: so many together (8).",
+            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     temperature: Temperature = DEFAULT_TEMPERATURE,
@@ -73,57 +201,88 @@ def run(
     kv: KV = None,
     threads: Threads = None,
     exact: Exact = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
-    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")] = False,
 ) -> None:
     """Answer one prompt, from the argument, a file or a pipe.
 
     With both a prompt and piped input, the input is context after the prompt: `mistral run "Summarize:" < notes.txt`.
     """
-    text = read_prompt(prompt, file)
-    if raw and system is not None:
-        raise UsageError("--raw uses no template, so --system has nowhere to go", "leave one of them out")
     from mistralcli.sampling import SamplingParams
     from mistralcli.session import SessionOptions
 
     params = SamplingParams(temperature, top_p, top_k, min_p, repeat_penalty, seed)
     options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
-    session = load_session(model, options, quiet)
-    token_ids = session.tokenizer.encode(text, bos=True) if raw else _chat_ids(session, system, text)
-    completion = session.complete(
-        token_ids, params, max_tokens=max_tokens, stop=stop or (), continues_text=raw
+    answers_fit = read_grammar(schema, regex, grammar)
+    system = read_system(system, system_file)
+    if batch is not None:
+        single = {
+            "a prompt": prompt,
+            "--file": file,
+            "--raw": raw,
+            "--fim": fim,
+            "--tools": tools,
+            "--json": as_json,
+        }
+        single |= {
+            "--ndjson": ndjson,
+            "--logprobs": logprobs,
+            "--template-vars": template_vars,
+            "--prefix-cache": prefix_cache,
+        }
+        _refuse_beside_batch(single, output)
+        settings = batch_settings(model, options, params, system, max_tokens, stop or (), answers_fit)
+        return run_batch(model, options, settings, batch, cast(Path, output), jobs or _JOBS, quiet)
+    for name, value in {"-o": output, "-j": jobs}.items():
+        if value is not None:
+            raise UsageError(f"{name} is for --batch", f"add --batch, or leave {name} out")
+    request = Request(
+        Prompt(
+            read_prompt(prompt, file),
+            system,
+            raw,
+            _suffix(fim, suffix),
+            read_extras(tools, template_vars or ()),
+        ),
+        params,
+        _overflow(overflow),
+        max_tokens,
+        tuple(stop or ()),
+        answers_fit,
+        logprobs,
+        _form(as_json, ndjson, logprobs),
+        prefix_cache,
     )
-    for piece in completion:
-        if not as_json:
-            console.write_out(piece)
-    if as_json:
-        console.write_out(json.dumps(as_dict(session, completion), ensure_ascii=False) + "\n")
-    elif console.is_terminal(sys.stdout):
-        console.write_out("\n")
-    if not quiet:
-        note_end(completion)
+    answer_one(load_session(model, options, quiet), request, quiet=quiet)
+    return None
 
 
-def _chat_ids(session: "Session", system: str | None, text: str) -> list[int]:
-    from mistralcli.conversation import Conversation
+def _refuse_beside_batch(given: Mapping[str, object], output: Path | None) -> None:
+    """Raise UsageError for a flag of one prompt, or without a place for the answers."""
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--batch and {name} exclude each other", "leave one of them out")
+    if output is None:
+        raise UsageError("--batch needs a file for the answers", "name it with -o")
+    require_output(output)
 
-    return session.tokenizer.encode_chat(Conversation().with_system(system).add("user", text))
+
+def _form(as_json: bool, ndjson: bool, logprobs: int | None) -> Form:
+    if as_json and ndjson:
+        raise UsageError("--json and --ndjson exclude each other", "leave one of them out")
+    if logprobs is not None and not (as_json or ndjson):
+        raise UsageError("--logprobs has nowhere to go in a text", "add --json or --ndjson")
+    return "json" if as_json else "ndjson" if ndjson else "text"
 
 
-def as_dict(session: "Session", completion: "Completion") -> dict[str, Any]:
-    """The object that --json prints."""
-    return {
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "usage": {"prompt_tokens": completion.n_prompt, "completion_tokens": len(completion.token_ids)},
-        "timings": {
-            "load_s": round(session.load_s, 4),
-            "prefill_s": round(completion.timings.prefill_s, 4),
-            "decode_s": round(completion.timings.decode_s, 4),
-        },
-        "seed": completion.seed,
-        "model": session.name,
-    }
+def _overflow(value: str) -> Overflow:
+    for known in ("error", "head", "tail"):
+        if value == known:
+            return known
+    raise UsageError(f"--overflow is {value}; it must be error, head or tail")
+
+
+def _suffix(fim: bool, suffix: str | None) -> str | None:
+    """The text after the gap, with --fim."""
+    if suffix is not None and not fim:
+        raise UsageError("--suffix is for --fim", "add --fim, or leave --suffix out")
+    return (suffix or "") if fim else None

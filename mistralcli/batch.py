@@ -1,0 +1,120 @@
+"""Many completions together: all sequences of the engine are decoded at once; the next prompt replaces what has ended.
+
+A step reads the weights once for all sequences, which is what decoding costs; so eight together take little longer than
+one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mistralcli.engine import ChooseToken, FinishReason
+from mistralcli.errors import MistralError
+from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.session import Session, StopScanner
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt, and how it is to be completed; as `Session.complete` takes it. `index` names it."""
+
+    index: int
+    token_ids: Sequence[int]
+    params: SamplingParams
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    through: Sequence[Callable[[ChooseToken], ChooseToken]] = ()
+
+
+@dataclass
+class Answer:
+    """What a job came to: its text, or the error that ended it."""
+
+    index: int
+    n_prompt: int
+    seed: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: MistralError | None = None
+
+
+def complete_all(session: Session, jobs: Iterable[Job]) -> Iterator[Answer]:
+    """The answers to all jobs, each as soon as it is whole, in whatever order that is.
+
+    The next job is taken when a sequence is free. One that fails has its error in its answer, and no other is touched.
+    """
+    engine = session.engine
+    n_seqs = len(engine.cache.last)
+    waiting = iter(jobs)
+    running: dict[int, _Running] = {}
+    while True:
+        for index in range(n_seqs):
+            while index not in running and (job := next(waiting, None)) is not None:
+                begun = _begin(session, index, job)
+                if begun.answer.finish_reason is None and begun.answer.error is None:
+                    running[index] = begun
+                else:
+                    yield begun.answer
+        if not running:
+            return
+        ids = [running[index].last_id if index in running else 0 for index in range(n_seqs)]
+        logits = engine.step(ids, idle=[index for index in range(n_seqs) if index not in running])
+        for index, one in list(running.items()):
+            one.take(logits[index])
+            if one.answer.finish_reason is not None or one.answer.error is not None:
+                yield running.pop(index).answer
+
+
+def _begin(session: Session, index: int, job: Job) -> "_Running":
+    """A job in a sequence, its prompt run and its first token chosen."""
+    running = _Running(session, job)
+    try:
+        logits = session.engine.start(index, job.token_ids)
+    except MistralError as error:
+        running.answer.error = error
+    else:
+        running.take(logits)
+    return running
+
+
+class _Running:
+    """One sequence on its way: `last_id` is the id that the next step appends."""
+
+    def __init__(self, session: Session, job: Job) -> None:
+        sampler = Sampler(job.params)
+        self._choose: ChooseToken = sampler
+        for wrap in job.through:
+            self._choose = wrap(self._choose)
+        self.answer = Answer(job.index, len(job.token_ids), sampler.seed)
+        self.last_id = 0
+        self._so_far = list(job.token_ids)
+        self._decoder = session.tokenizer.stream(continues_text=bool(job.through))
+        self._scanner = StopScanner(job.stop)
+        self._stop_ids = session.stop_ids
+        room = session.max_seq_len - len(job.token_ids)
+        self._n_most = room if job.max_tokens is None else min(room, job.max_tokens)
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Choose the next id by its logits (vocab_size,), and notice when that was the last."""
+        answer = self.answer
+        if len(answer.token_ids) >= self._n_most:
+            return self._end("length")
+        try:
+            self.last_id = self._choose(logits, self._so_far)
+        except MistralError as error:
+            answer.error = error
+            return None
+        if self.last_id in self._stop_ids:
+            return self._end("stop")
+        self._so_far.append(self.last_id)
+        answer.token_ids.append(self.last_id)
+        answer.text += self._scanner.push(self._decoder.push(self.last_id))
+        if self._scanner.stopped:
+            return self._end("stop")
+        return self._end("length") if len(answer.token_ids) >= self._n_most else None
+
+    def _end(self, reason: FinishReason) -> None:
+        self.answer.text += self._scanner.push(self._decoder.flush()) + self._scanner.flush()
+        self.answer.finish_reason = "stop" if self._scanner.stopped else reason

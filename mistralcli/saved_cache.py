@@ -1,0 +1,112 @@
+"""What a cache holds, in a file: a long prompt that many runs begin with is computed once.
+
+A safetensors file: `token_ids`, and for each layer the slots in use of its keys and values, with their scales where
+they are int8. Its metadata names the model by a digest, so that it is never used with another.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mistralcli.cache import KVCache
+from mistralcli.engine import Engine
+from mistralcli.errors import DiskError, IntegrityError, UsageError
+from quant.files import STEMS, weight_files
+
+FORMAT = "mistral-cache-1"
+_SAMPLE_BYTES = 1 << 20
+
+
+def model_digest(directory: Path) -> str:
+    """A digest of a model: its configuration, and of its weights' files the sizes, beginnings and ends."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "params.json"):
+        if (directory / name).is_file():
+            digest.update((directory / name).read_bytes())
+    for name in [name for stem in STEMS for name in weight_files(directory, stem)]:
+        with (directory / name).open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            digest.update(f"{name} {size_bytes}\n".encode() + file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size_bytes - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def save_cache(path: Path, engine: Engine, digest: str) -> None:
+    """Write what the engine's cache holds, for its owner alone; whole or not at all.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    n_positions = len(engine.token_ids)
+    tensors = {"token_ids": torch.tensor(engine.token_ids)}
+    for i, layer in enumerate(engine.cache.layers):
+        n_slots = min(n_positions, layer.ring.capacity)
+        for name, tensor in layer.buffers().items():
+            tensors[f"{i}.{name}"] = tensor[:1, :, :n_slots].contiguous().cpu()
+    metadata = {"format": FORMAT, "model": digest, "capacities": json.dumps(_capacities(engine.cache))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise DiskError(f"{path} cannot be written: {error}", "name a file on a disk with room") from error
+
+
+def load_cache(path: Path, engine: Engine, digest: str, token_ids: Sequence[int]) -> None:
+    """Fill the engine's empty cache with what `path` holds, which must be the beginning of `token_ids`.
+
+    Raises:
+        IntegrityError: it is no such file.
+        UsageError: it is of another model, of another text, or of a cache of another kind.
+    """
+    other = "name another file, or remove it and it is made again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise IntegrityError(f"{path} is no saved cache", other)
+            if about.get("model") != digest:
+                raise UsageError(f"{path} is of another model", other)
+            saved_ids = file.get_tensor("token_ids").tolist()
+            if saved_ids != list(token_ids[: len(saved_ids)]):
+                raise UsageError(f"{path} is of another text than this prompt begins with", other)
+            _fill(engine, file, saved_ids, json.loads(about.get("capacities", "[]")), path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise IntegrityError(f"{path} is no saved cache: {error}", other) from error
+
+
+def _fill(engine: Engine, file: safe_open, token_ids: list[int], capacities: list[int], path: Path) -> None:
+    cache, n_positions = engine.cache, len(token_ids)
+    engine.require_room(n_positions)
+    ours = _capacities(cache)
+    same_slots = len(ours) == len(capacities) and all(
+        mine == theirs or n_positions <= min(mine, theirs)
+        for mine, theirs in zip(ours, capacities, strict=False)
+    )
+    cache.rewind(0)
+    cache.reserve(n_positions)
+    for i, layer in enumerate(cache.layers):
+        for name, buffer in layer.buffers().items():
+            saved = file.get_tensor(f"{i}.{name}") if f"{i}.{name}" in file.keys() else None  # noqa: SIM118
+            place = buffer[:1, :, : min(n_positions, layer.ring.capacity)]
+            if not same_slots or saved is None or saved.dtype != place.dtype or saved.shape != place.shape:
+                raise UsageError(
+                    f"{path} was saved from a cache of another kind",
+                    "give the same --ctx, --slack, --dtype and --kv, or remove it and it is made again",
+                )
+            place.copy_(saved)
+    cache.hold(n_positions)
+    engine.token_ids = token_ids
+
+
+def _capacities(cache: KVCache) -> list[int]:
+    return [layer.ring.capacity for layer in cache.layers]

@@ -1,14 +1,15 @@
 """Which device and type a model runs with, and how much memory it has."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
-from mistralcli.errors import NotEnoughMemoryError, UsageError
+from mistralcli.errors import UsageError
 from mistralcli.nvml import process_bytes
+from quant.memory import is_out_of_memory as is_out_of_memory
+from quant.memory import out_of_memory_as as out_of_memory_as
 
 DTYPES = {
     "float32": torch.float32,
@@ -158,22 +159,3 @@ def _room_bytes(folder: Path, controller: str) -> int | None:
         return limit_bytes - used_bytes + int(stat.get(cache, 0)) - int(stat.get(shmem, 0))
     except (OSError, ValueError):  # not there, or the limit is "max"
         return None
-
-
-@contextmanager
-def out_of_memory_as(message: str, hint: str) -> Iterator[None]:
-    """Turn an error that says that memory ran out into a NotEnoughMemoryError with this message and hint."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise NotEnoughMemoryError(message, hint) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError for it."""
-    on_cpu = isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("DefaultCPUAllocator", "Cannot allocate memory")
-    )
-    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))

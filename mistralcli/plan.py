@@ -1,22 +1,25 @@
 """Memory before it is taken: weights, cache and workspace against what is free on the device."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from mistralcli.cache import DEFAULT_SLACK, cache_size_bytes, n_slots_by_layer
 from mistralcli.config import ModelConfig
-from mistralcli.device import LARGE_CUDA_BYTES, LARGE_CUDA_SLACK
+from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_SLACK
 from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.ops import attention
 from mistralcli.units import size_text
-from mistralcli.weights import loaded_sizes
+from mistralcli.weights import LoadedSizes
 
 LONGEST_DEFAULT_CTX = 32_768
 CTX_STEP = 1024
 KV_DTYPES = {"int8": torch.int8}
-"""What `--kv` may name."""
+"""What `--kv` may name on every device; on the CPU it may name any type that can be computed in, too."""
+
+CPU_CACHE_DTYPE = torch.float16
+"""Of a float32 model's cache on the CPU: half the memory, and half as much to read. bfloat16, of the same size, rounds
+eight times as much; docs/log.md has what either adds."""
 
 _TILE_BYTES = 128 << 20
 """What the matmuls take for dequantized tiles of a weight, and on the CPU the allocator's slack."""
@@ -75,49 +78,56 @@ class Demand:
     """What a GPU holds beside the weights and the cache for a while, until they are loaded and joined."""
     cache_dtype: torch.dtype | None = None
     """What keys and values are stored as; without it, as what is computed in."""
+    n_seqs: int = 1
+    """Sequences with a cache of their own each."""
 
 
-def choose_cache_dtype(kv: str | None, dtype: torch.dtype) -> torch.dtype:
-    """The type to store keys and values in: the one that is computed in, unless `kv` names one of `KV_DTYPES`.
+def choose_cache_dtype(
+    kv: str | None, dtype: torch.dtype, device_type: str = "cuda", exact: bool = False
+) -> torch.dtype:
+    """The type to store keys and values in, where computing in `dtype`; `kv` may name one.
+
+    Without it, it is the one that is computed in, but 16 bits for float32 on the CPU unless all is to be exact.
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names none that the device stores.
     """
     if kv is None:
-        return dtype
-    if kv not in KV_DTYPES:
+        return CPU_CACHE_DTYPE if (device_type, dtype, exact) == ("cpu", torch.float32, False) else dtype
+    known = KV_DTYPES | (DTYPES if device_type == "cpu" else {})
+    if kv not in known:
         raise UsageError(
-            f"--kv {kv} is not a type to store the cache in",
-            f"choose {' or '.join(KV_DTYPES)}, or leave --kv out to store what is computed",
+            f"--kv {kv} is not a type to store the cache in on {device_type}",
+            f"choose {' or '.join(known)}, or leave --kv out",
         )
-    return KV_DTYPES[kv]
+    return known[kv]
 
 
 def demand_of(
-    directory: Path,
+    sizes: LoadedSizes,
     dtype: torch.dtype,
     chunk: int,
     slack: int,
     device_type: str = "cpu",
     cache_dtype: torch.dtype | None = None,
+    n_seqs: int = 1,
 ) -> Demand:
-    """The demand of the model in `directory`, from its files' headers."""
-    sizes = loaded_sizes(directory, dtype)
+    """The demand of a model whose weights take `sizes` to compute in `dtype`."""
     loading = max(int(_JOINED * sizes.largest_in_layer), sizes.largest_cast) if device_type == "cuda" else 0
-    return Demand(sizes.total, dtype, chunk, slack, device_type, loading, cache_dtype)
+    return Demand(sizes.total, dtype, chunk, slack, device_type, loading, cache_dtype, n_seqs)
 
 
 def plan_memory(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) -> MemoryPlan:
     """The memory that `ctx` positions take; the workspace is an upper bound of what a chunk or loading takes."""
     chunk = min(demand.chunk, ctx)
     running = _activations_bytes(config, demand, chunk) + _attention_bytes(config, demand, ctx)
-    fixed = 4 * config.vocab_size * 4
+    fixed = 4 * config.vocab_size * 4 * demand.n_seqs
     if demand.device_type == "cuda":
         # Chunks share their memory, captured or not, but each graph keeps its result.
         fixed += _CUDA_BYTES + (chunk + 4096) * config.dim * demand.dtype.itemsize
     workspace = max(running, demand.loading_bytes) + fixed
     cache_dtype = demand.cache_dtype or demand.dtype
-    cache = cache_size_bytes(config, ctx, slack=demand.slack, dtype=cache_dtype)
+    cache = cache_size_bytes(config, ctx, n_seqs=demand.n_seqs, slack=demand.slack, dtype=cache_dtype)
     return MemoryPlan(ctx, demand.weights_bytes, cache, workspace, free_bytes)
 
 

@@ -11,7 +11,7 @@ from program import assert_one_sentence, mistral
 
 from mistralcli.session import SessionOptions, open_session
 
-FULL_CACHE = 2 * 32 * 8 * 128 * 4 * 32768
+FULL_CACHE = 2 * 32 * 8 * 128 * 2 * 32768
 
 
 @pytest.fixture(scope="module")

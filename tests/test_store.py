@@ -6,18 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_models import PARAMS, write_checkpoint, write_weights
+from conftest import REPOSITORY
+from hub_models import PARAMS, online, write_checkpoint, write_weights
+from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 from program import MISTRAL, assert_one_sentence, environment, mistral
 
-from mistralcli import hub_cache, store
-from mistralcli.errors import IntegrityError, ModelNotFoundError, UsageError
+from mistralcli import disk_usage, hub_cache, inventory, stamps, store
+from mistralcli.cli.commands.du import du
+from mistralcli.cli.commands.list_models import as_dict, row
+from mistralcli.errors import IntegrityError, ModelNotFoundError, QualityError, UsageError
 from mistralcli.hub_cache import HubModel, parse_hub_model
 from mistralcli.units import size_text
 
@@ -64,7 +69,9 @@ def add_pulled(
 
 
 def test_finding_a_model_does_not_wait_for_heavy_packages(home: Path) -> None:
-    command = "import sys, mistralcli.store; print(sorted({'torch', 'huggingface_hub'} & set(sys.modules)))"
+    command = (
+        "import sys, mistralcli.inventory; print(sorted({'torch', 'huggingface_hub'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", command], env=environment(home), capture_output=True, text=True
     )
@@ -276,14 +283,16 @@ def test_the_cache_is_where_huggingface_hub_has_it(
 
 
 def test_builds_and_pulled_models_are_listed_with_what_they_are() -> None:
-    build = add_build("tiny-int4", card={"scheme": "int4-g128"})
+    card = {"scheme": "int4-g128", "source": {"name": "o/n", "revision": NEW}}
+    build = add_build("tiny-int4", card=card)
     snapshot = add_pulled(commit=OLD, ref="v1.0")
-    by_name = {model.name: model for model in store.list_models()}
+    by_name = {model.name: model for model in inventory.list_models()}
     assert set(by_name) == {"tiny-int4", MODEL}
     listed, pulled = by_name["tiny-int4"], by_name[MODEL]
     assert (listed.kind, listed.scheme, listed.path, listed.broken) == ("build", "int4-g128", build, None)
     assert (pulled.kind, pulled.scheme, pulled.path, pulled.broken) == ("hub", "bfloat16", snapshot, None)
-    assert (pulled.revision, pulled.refs) == (OLD, ("v1.0",))
+    assert (pulled.source, pulled.revision, pulled.refs) == (MODEL, OLD, ("v1.0",))
+    assert (listed.source, listed.revision, listed.used) == ("o/n", NEW, None)
     assert pulled.size_bytes == sum(path.stat().st_size for path in snapshot.iterdir())
 
 
@@ -292,11 +301,63 @@ def test_what_is_broken_is_listed_as_such() -> None:
     add_build("poor", card={"gate": {"passed": False}})
     (add_build("empty") / "model.safetensors").unlink()
     (add_pulled(n_shards=2) / "model-00001-of-00002.safetensors").unlink()
-    broken = {model.name: model.broken or "" for model in store.list_models()}
-    assert broken["half.partial"] == "half-made"
-    assert broken["poor"] == "failed its quality gate"
-    assert broken["empty"] == "its weights are missing"
-    assert "1 of 2 weight files are missing" in broken[MODEL]
+    (add_build("unread") / "config.json").write_text("{")
+    (add_build("unrun") / "config.json").write_text('{"model_type": "mixtral"}')
+    (store.models_directory() / "gone").symlink_to("/nowhere/at/all")
+    add_build("begun.partial")
+    (store.models_directory() / "begun.partial" / "journal.jsonl").touch()
+    broken = {model.name: model.broken for model in inventory.list_models()}
+    expected = {
+        "half.partial": ("half-made", "mistral rm half.partial"),
+        "begun.partial": ("half-made", "mistral quantize --resume"),
+        "poor": ("failed its quality gate", "more bits"),
+        "empty": ("its weights are missing", "mistral rm empty"),
+        "unread": ("cannot be read as JSON", "mistral quantize"),
+        "unrun": ("'mixtral' are not supported", "mistral rm unrun"),
+        "gone": ("a link to /nowhere/at/all", "mistral rm gone"),
+        MODEL: ("1 of 2 weight files are missing", f"mistral pull {MODEL}"),
+    }
+    assert broken.keys() == expected.keys()
+    for name, (reason, remedy) in expected.items():
+        found = broken[name]
+        assert found is not None and reason in found.reason and remedy in found.remedy
+
+
+def test_what_is_broken_is_never_run(home: Path) -> None:
+    add_build("half.partial")
+    add_build("poor", card={"gate": {"passed": False}})
+    (add_build("empty") / "model.safetensors").unlink()
+    (store.models_directory() / "gone").symlink_to("/nowhere/at/all")
+    for name in ("half.partial", "empty", "gone"):
+        with pytest.raises(IntegrityError):
+            store.resolve_to_run(name)
+    with pytest.raises(QualityError):
+        store.resolve_to_run("poor")
+    (add_build("unread") / "config.json").write_text("{")
+    assert_one_sentence(mistral("run", "-m", "unread", "Hello.", home=home), 9, "config.json")
+
+
+def test_a_download_that_was_interrupted_is_listed_as_half_pulled_and_its_part_is_a_leftover() -> None:
+    snapshot = add_pulled()
+    weights = (snapshot / "model.safetensors").resolve()
+    part = weights.rename(weights.with_name(f"{weights.name}{hub_cache.PART_SUFFIX}"))
+    (snapshot / "model.safetensors").unlink()
+    (model,) = inventory.list_models()
+    assert model.broken is not None
+    assert model.broken.reason == "half-pulled" and f"mistral pull {MODEL}" in model.broken.remedy
+    (leftovers,) = (usage for usage in disk_usage.disk_usage() if usage.kind == "leftovers")
+    assert (leftovers.paths, leftovers.size_bytes) == ((part,), part.stat().st_size)
+    disk_usage.remove(leftovers)
+    assert not part.exists()
+
+
+def test_a_snapshot_that_we_pulled_is_listed_however_broken_it_is() -> None:
+    snapshot = add_pulled()
+    (snapshot / "config.json").resolve().unlink()
+    assert inventory.list_models() == []
+    stamps.leave("pulled", snapshot)
+    (model,) = inventory.list_models()
+    assert model.broken is not None and "neither config.json nor params.json" in model.broken.reason
 
 
 def test_models_of_other_kinds_in_the_shared_cache_are_left_out() -> None:
@@ -306,7 +367,7 @@ def test_models_of_other_kinds_in_the_shared_cache_are_left_out() -> None:
         config = add_pulled(f"someone/odd{number}") / "config.json"
         config.unlink()
         config.write_text(f'{{"model_type": {kind}}}')
-    assert store.list_models() == []
+    assert inventory.list_models() == []
 
 
 def test_the_list_is_a_table_or_json(home: Path) -> None:
@@ -319,8 +380,8 @@ def test_the_list_is_a_table_or_json(home: Path) -> None:
 
     table = mistral("list", home=home).stdout.splitlines()
     assert [line.split()[0] for line in table] == ["NAME", "half.partial", "tiny-int4", MODEL]
-    assert table[1].endswith("broken: half-made")
-    assert [line.split()[2] for line in table[2:]] == ["-", "main"]
+    assert "broken: half-made; make it again with `mistral quantize`" in table[1]
+    assert [line.split()[2:4] for line in table[2:]] == [["-", "-"], ["-", "main"]]
 
     (_, build, pulled) = json.loads(mistral("list", "--json", home=home).stdout)
     assert (build["name"], build["kind"], build["scheme"], build["broken"]) == (
@@ -345,8 +406,8 @@ def test_a_name_with_escape_bytes_is_listed_without_them(home: Path) -> None:
 def test_removing_a_revision_keeps_what_another_one_shares() -> None:
     old, new = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
     gone, kept = (old / "model.safetensors").resolve(), (old / "tokenizer.model").resolve()
-    (model,) = store.find(f"{MODEL}@v1.0")
-    store.remove(model)
+    (model,) = inventory.find(f"{MODEL}@v1.0")
+    inventory.remove(model)
     assert not old.exists() and not gone.exists() and kept.exists()
     assert store.resolve(MODEL) == new
     assert hub_cache.refs(MODEL) == {"main": NEW}
@@ -357,8 +418,8 @@ def test_removing_all_revisions_leaves_nothing_of_the_model_and_all_of_its_copie
     add_pulled(commit=OLD, ref="v1.0", seed=1)
     add_pulled(commit=NEW, seed=2)
     copies = {f"copy{number}/tiny": add_pulled(f"copy{number}/tiny", commit=NEW) for number in range(5)}
-    for model in store.find(MODEL):
-        store.remove(model)
+    for model in inventory.find(MODEL):
+        inventory.remove(model)
     assert not hub_cache.repo_directory(MODEL).exists()
     assert {name: store.resolve(name) for name in copies} == copies
 
@@ -367,8 +428,8 @@ def test_a_broken_pulled_model_can_be_removed() -> None:
     snapshot = add_pulled(n_shards=2)
     (snapshot / "model-00001-of-00002.safetensors").resolve().unlink()
     (hub_cache.repo_directory(MODEL) / "refs" / "gone").write_text(OLD)
-    (model,) = store.find(MODEL)
-    store.remove(model)
+    (model,) = inventory.find(MODEL)
+    inventory.remove(model)
     assert not hub_cache.repo_directory(MODEL).exists()
 
 
@@ -376,9 +437,9 @@ def test_a_build_that_is_a_link_is_unlinked_and_its_target_stays(home: Path) -> 
     target = write_checkpoint(home / "elsewhere")
     store.models_directory().mkdir(parents=True)
     (store.models_directory() / "linked").symlink_to(target)
-    (model,) = store.find("linked")
-    store.remove(model)
-    assert target.is_dir() and store.list_models() == []
+    (model,) = inventory.find("linked")
+    inventory.remove(model)
+    assert target.is_dir() and inventory.list_models() == []
 
 
 @pytest.mark.parametrize("name", ["tiny-int4", "half.partial"])
@@ -438,6 +499,154 @@ def test_rm_says_that_the_demo_is_built_in_and_that_a_name_is_empty(home: Path) 
     assert_one_sentence(mistral("rm", "", "--yes", home=home), 3, "the model's name is empty")
     add_build("demo")
     assert mistral("rm", "demo", "--yes", home=home).returncode == 0
+
+
+def test_rm_says_what_becomes_free_not_what_another_revision_shares(home: Path) -> None:
+    """The two revisions share all files but their weights."""
+    old, _ = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
+    weights = (old / "model.safetensors").stat().st_size
+    all_files = sum(path.stat().st_size for path in old.iterdir())
+    assert disk_usage.freed_bytes(inventory.find(f"{MODEL}@v1.0")) == weights < all_files
+    assert disk_usage.freed_bytes(inventory.find(MODEL)) == all_files + weights
+    linked = store.models_directory() / "linked"
+    linked.parent.mkdir(parents=True)
+    linked.symlink_to(old)
+    assert disk_usage.freed_bytes(inventory.find("linked")) == 0
+    assert disk_usage.freed_bytes(inventory.find(MODEL)) == all_files + weights
+
+
+def test_rm_all_removes_what_is_ours_and_nothing_else_s(home: Path) -> None:
+    builds = [add_build("tiny-int4"), add_build("half.partial")]
+    leftover = store.models_directory() / ".tmp-123"
+    leftover.mkdir()
+    ours, theirs = add_pulled("o/ours"), add_pulled("o/theirs")
+    stamps.leave("pulled", ours)
+    other_kind = add_pulled("openai/whisper")
+    (other_kind / "config.json").resolve().write_text('{"model_type": "whisper"}')
+    chat = home / "state" / "mistral" / "history"
+    chat.write_text("what I typed")
+    kept = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    refused = mistral("rm", "--all", home=home)
+    assert refused.returncode == 2 and "--yes" in refused.stderr and "o/ours" in refused.stderr
+    assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == kept
+
+    env = {"NUMBA_CACHE_DIR": str(home / "numba")}
+    kernels = numba_file(home)
+    done = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package_copy(home)), **env)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not any(path.exists() for path in (*builds, leftover, hub_cache.repo_directory("o/ours"), kernels))
+    assert theirs.is_dir() and other_kind.is_dir() and chat.read_text() == "what I typed"
+    assert [model.name for model in inventory.list_models()] == ["o/theirs"]
+    assert stamps.when("pulled", ours) is None
+    again = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(home / "package"), **env)
+    assert again.returncode == 0 and "nothing to remove" in again.stderr
+
+
+def package_copy(home: Path) -> Path:
+    """The program elsewhere, so that the kernels which this checkout has compiled stay."""
+    package = home / "package"
+    if not package.is_dir():
+        for name in ("mistralcli", "quant"):
+            ignored = shutil.ignore_patterns("__pycache__", "demo_model")
+            shutil.copytree(REPOSITORY / name, package / name, ignore=ignored)
+    return package
+
+
+def numba_file(home: Path) -> Path:
+    """A compiled kernel of that program where numba keeps it when it cannot write beside the source."""
+    folder = package_copy(home) / "quant" / "kernels" / "cpu"
+    place = home / "numba" / f"cpu_{hashlib.sha1(str(folder).encode()).hexdigest()}"
+    place.mkdir(parents=True)
+    (place / "matmul.kernel-1.py311.nbi").write_bytes(b"index")
+    return place / "matmul.kernel-1.py311.nbi"
+
+
+def test_rm_takes_a_model_or_all_and_not_both(home: Path) -> None:
+    assert_one_sentence(mistral("rm", "--yes", home=home), 2, "--all")
+    assert_one_sentence(mistral("rm", "tiny", "--all", "--yes", home=home), 2, "--all")
+
+
+# What is recorded, and what takes how much
+
+
+def test_a_run_is_recorded_with_the_time_of_the_last(home: Path, tiny_model_dir: Path) -> None:
+    build = store.models_directory() / "tiny"
+    shutil.copytree(tiny_model_dir, build)
+    assert inventory.find("tiny")[0].used is None
+    assert mistral("run", "-m", "tiny", "-n", "1", "Hello.", home=home).returncode == 0
+    used = inventory.find("tiny")[0].used
+    assert used is not None and datetime.now(UTC) - used < timedelta(minutes=5)
+    assert as_dict(inventory.find("tiny")[0])["last_used"] == used.isoformat()
+    assert row(inventory.find("tiny")[0])[6] == used.astimezone().strftime("%Y-%m-%d %H:%M")
+    inventory.remove(inventory.find("tiny")[0])
+    assert stamps.when("used", build) is None
+
+
+def test_a_state_directory_that_cannot_be_written_is_no_matter(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = add_build("tiny")
+    (home / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "file"))
+    store.note_use(build)
+    assert inventory.find("tiny")[0].used is None
+
+
+def test_a_directory_of_the_user_s_own_is_not_recorded(home: Path) -> None:
+    store.note_use(write_checkpoint(home / "checkpoint"))
+    assert not (home / "state").exists()
+
+
+def test_du_counts_every_byte_once_and_says_whose_it_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(home / "numba"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(home / "triton"))
+    (home / "triton").mkdir()
+    (home / "triton" / "kernel.cubin").write_bytes(b"x" * 7)
+    build = add_build("tiny-int4")
+    add_pulled(commit=OLD, ref="v1.0", seed=1)
+    stamps.leave("pulled", add_pulled(commit=NEW, seed=2))
+    stamps.leave("pulled", add_pulled("o/ours"))
+    chats = home / "state" / "mistral" / "sessions"
+    chats.mkdir()
+    (chats / "1.json").write_text("{}")
+    rows = {(usage.kind, usage.name): usage for usage in disk_usage.disk_usage()}
+
+    def on_disk(directory: Path) -> int:
+        files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+        return sum(path.stat().st_size for path in files)
+
+    repository = hub_cache.repo_directory(MODEL)
+    assert rows["build", "tiny-int4"].size_bytes == on_disk(build)
+    assert rows["pulled", MODEL].size_bytes == on_disk(repository)
+    assert {key[1]: usage.ours for key, usage in rows.items() if key[0] == "pulled"} == {
+        MODEL: False,
+        "o/ours": True,
+    }
+    assert rows["chats", "sessions and history"].size_bytes == 2
+    triton = rows["kernels", "compiled by Triton"]
+    assert (triton.size_bytes, triton.ours) == (7, False)
+    as_json = json.loads(mistral("du", "--json", home=home, TRITON_CACHE_DIR=str(home / "triton")).stdout)
+    assert {(one["kind"], one["name"], one["size_bytes"]) for one in as_json if one["kind"] != "kernels"} == {
+        (usage.kind, usage.name, usage.size_bytes) for usage in rows.values() if usage.kind != "kernels"
+    }
+    du()
+    text = capfd.readouterr().out
+    assert "tiny-int4" in text and "shared with other tools" in text and "total" in text
+
+
+def test_a_pull_is_recorded_unless_another_tool_had_begun_it(home: Path) -> None:
+    with HubServer({MODEL: write_checkpoint(home / "source")}) as hub:
+        commit = hub.repos[MODEL].refs["main"]
+        assert mistral("pull", MODEL, home=home, **online(home, hub)).returncode == 0
+        hub.add("o/theirs", home / "source")
+        snapshots = home / "hf" / "hub" / "models--o--theirs" / "snapshots"
+        (snapshots / commit).mkdir(parents=True)
+        assert mistral("pull", "o/theirs", home=home, **online(home, hub)).returncode == 0
+    ours = home / "hf" / "hub" / "models--mistralai--tiny" / "snapshots" / commit
+    assert stamps.when("pulled", ours) is not None
+    assert stamps.when("pulled", snapshots / commit) is None and (snapshots / commit / "config.json").exists()
 
 
 def test_sizes_have_three_digits() -> None:

@@ -24,7 +24,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """
     parts = [prompt] if prompt not in (None, "-") else []
     if file is not None and str(file) != "-":
-        parts.append(_without_line_end(_read_file(file)))
+        parts.append(_without_line_end(read_text(file)))
     if prompt == "-" or str(file) == "-" or not console.is_terminal(sys.stdin):
         parts.append(_without_line_end(console.read_in()))
     text = "\n\n".join(part for part in parts if part)
@@ -35,7 +35,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _read_file(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text. Raises UsageError where it cannot be read as UTF-8."""
     try:
         return console.decoded(path.read_bytes(), str(path))
     except OSError as error:
@@ -59,6 +60,7 @@ def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "
         console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
     name = DEMO if model is None else model
     directory = store.resolve_demo() if model is None else store.resolve_to_run(model)
+    store.note_use(directory)
     with console.progress(f"loading {name}", quiet=quiet) as update:
         return open_session(
             directory, options, name=name, on_progress=update, on_note=_silent if quiet else console.note

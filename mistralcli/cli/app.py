@@ -41,8 +41,17 @@ _COMMANDS = {
     ),
     "show": CommandSpec("mistralcli.cli.commands.show:show", "Show a model: its shape, files and memory."),
     "rm": CommandSpec("mistralcli.cli.commands.rm:rm", "Remove a model from this machine."),
+    "du": CommandSpec("mistralcli.cli.commands.du:du", "Show what takes how much of the disk."),
+    "alias": CommandSpec("mistralcli.cli.commands.alias:alias", "Give a model another name."),
+    "config": CommandSpec(
+        "mistralcli.cli.commands.config:config", "Show and set defaults, and where each comes from."
+    ),
     "bench": CommandSpec(
         "mistralcli.cli.commands.bench:bench", "Measure how fast a model runs on this machine."
+    ),
+    "eval": CommandSpec("mistralcli.cli.commands.eval:COMMANDS", "Measure how well a model predicts a text."),
+    "verify": CommandSpec(
+        "mistralcli.cli.commands.verify:verify", "Check a model's files against their hashes and its shape."
     ),
     "doctor": CommandSpec(
         "mistralcli.cli.commands.doctor:doctor", "Check this machine and this installation."
@@ -55,7 +64,12 @@ class LazyCommand(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
-        return _load(self.name).make_context(info_name, args, parent, **extra)
+        command = load_command(self.name)
+        if any("--model" in param.opts for param in command.params):
+            from mistralcli.cli.defaults import defaults_of
+
+            extra["default_map"] = defaults_of(command, info_name, args, parent)
+        return command.make_context(info_name, args, parent, **extra)
 
 
 class LazyGroup(TyperGroup):
@@ -88,12 +102,20 @@ def mistral(
     """Run Mistral models on your own machine: pull, quantize, run, chat."""
 
 
-def _load(name: str) -> Any:
-    """The real command: its function behind the signals' boundary, with the overview's line in front of its help."""
-    module, _, function = _COMMANDS[name].target.partition(":")
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(_with_signals(getattr(importlib.import_module(module), function)))
-    return typer.main.get_command(single)
+def load_command(name: str) -> Any:
+    """The real command: its function behind the signals' boundary, with the overview's line in front of its help.
+
+    A target that is a table of functions, by name, becomes a command with commands of its own.
+    """
+    spec = _COMMANDS[name]
+    module, _, attribute = spec.target.partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    app = typer.Typer(
+        help=spec.summary, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for command, function in (target if isinstance(target, dict) else {name: target}).items():
+        app.command(command)(_with_signals(function))
+    return typer.main.get_command(app)
 
 
 def _with_signals(function: Callable[..., None]) -> Callable[..., None]:

@@ -123,31 +123,48 @@ def progress(description: str, total_bytes: int | None = None, *, quiet: bool = 
 
     In the block Ctrl-C raises KeyboardInterrupt, so that nothing half-made stays.
     """
+    with _shown(description, total_bytes, quiet, in_bytes=True) as update:
+        yield update
+
+
+@contextmanager
+def steps(description: str, *, quiet: bool = False) -> Iterator[Update]:
+    """As `progress`, for work that is counted in steps and not in bytes."""
+    with _shown(description, None, quiet, in_bytes=False) as update:
+        yield update
+
+
+@contextmanager
+def _shown(description: str, total: int | None, quiet: bool, *, in_bytes: bool) -> Iterator[Update]:
     with on_interrupt(signal.default_int_handler):
         if quiet or not is_smart_terminal(sys.stderr):
             yield _no_update
         else:
-            with _bar(description, total_bytes) as update:
+            with _bar(description, total, in_bytes=in_bytes) as update:
                 yield update
 
 
 @contextmanager
-def _bar(description: str, total_bytes: int | None) -> Iterator[Update]:
+def _bar(description: str, total: int | None, *, in_bytes: bool) -> Iterator[Update]:
     from rich import progress as rich_progress
     from rich.console import Console
 
+    counted: tuple[rich_progress.ProgressColumn, ...] = (
+        (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
+        if in_bytes
+        else (rich_progress.TaskProgressColumn(),)
+    )
     columns = (
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(),
-        rich_progress.TransferSpeedColumn(),
+        *counted,
         rich_progress.TimeRemainingColumn(),
     )
     # stdout stays as it is: Rich would send to stderr what is printed there meanwhile.
     with rich_progress.Progress(
         *columns, console=Console(stderr=True), redirect_stdout=False, transient=True
     ) as bar:
-        task = bar.add_task(printable(description), total=total_bytes)
+        task = bar.add_task(printable(description), total=total)
 
         def update(done_bytes: int, total_bytes: int | None = None) -> None:
             bar.update(task, completed=done_bytes, total=total_bytes)

@@ -1,6 +1,7 @@
 """Options that several commands share, so that a flag means the same everywhere."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -35,7 +36,10 @@ _ENGINE = "Engine"
 Model = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", envvar="MISTRAL_CLI_MODEL", help="A Hub id, a local build's name, or a directory."
+        "-m",
+        "--model",
+        envvar="MISTRAL_CLI_MODEL",
+        help="A Hub id, an alias, a build's name, or a directory.",
     ),
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", callback=utf8_text)]
@@ -109,7 +113,7 @@ KV = Annotated[
     typer.Option(
         "--kv",
         metavar="TYPE",
-        help="int8 halves the cache, or quarters it (default: the type that is computed in).",
+        help="int8 halves the cache; on the CPU also float32, bfloat16 or float16, its default.",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -120,7 +124,7 @@ Threads = Annotated[
 Exact = Annotated[
     bool,
     typer.Option(
-        "--exact",
+        "--exact/--no-exact",
         help="On the CPU, do not round activations for int4 and int8 weights: slower.",
         rich_help_panel=_ENGINE,
     ),
@@ -137,3 +141,39 @@ MemoryLimit = Annotated[
 ]
 
 DEFAULT_TEMPERATURE = 0.7
+
+
+def _key(option: Any) -> str:
+    """The name of an option without dashes, as a settings file has it."""
+    info = get_args(option)[1]
+    names = (
+        str(one) for one in (info.default, *info.param_decls)
+    )  # in Annotated, Typer takes the first for a default
+    name = next(name for name in names if name.startswith("--"))
+    return name.partition("/")[0].removeprefix("--").replace("-", "_")
+
+
+SETTINGS: Mapping[str, Any] = {
+    _key(option): option
+    for option in (
+        System,
+        MaxTokens,
+        Temperature,
+        TopP,
+        TopK,
+        MinP,
+        RepeatPenalty,
+        Seed,
+        Ctx,
+        Chunk,
+        Slack,
+        Device,
+        DType,
+        KV,
+        Threads,
+        Exact,
+        MemoryLimit,
+    )
+}
+"""The options of run and chat that a settings file may set, also one that came with somebody else's project: so none
+that writes a file, reads one, or runs something."""

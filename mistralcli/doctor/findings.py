@@ -30,9 +30,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Context:
-    """What the user asked for. `offline`: nothing is sent to the Hub."""
+    """What the user asked for. `offline`: nothing is sent to the Hub. `flags`: those that settings can have."""
 
     offline: bool = False
+    flags: tuple[str, ...] = ()
 
 
 Check = Callable[[Context], Iterator[Finding]]

@@ -10,8 +10,8 @@ import typer
 
 from mistralcli.cli import console
 from mistralcli.cli.answers import load_session
-from mistralcli.cli.commands.list_models import table
 from mistralcli.cli.options import KV, Chunk, Ctx, Device, DType, Exact, MemoryLimit, Model, Slack, Threads
+from mistralcli.cli.tables import table
 from mistralcli.errors import UsageError
 from mistralcli.units import size_text
 

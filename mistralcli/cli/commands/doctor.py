@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.options import SETTINGS
 
 if TYPE_CHECKING:
     from mistralcli.doctor import Finding
@@ -25,7 +26,7 @@ def doctor(
     from mistralcli.doctor import Context, examine
 
     findings = []
-    for finding in examine(Context(offline)):
+    for finding in examine(Context(offline, tuple(SETTINGS))):
         findings.append(finding)
         if not as_json:
             _write(finding)

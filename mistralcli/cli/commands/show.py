@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.card_text import card_rows
 from mistralcli.cli.options import Chunk, Ctx, Device, DType, Slack
 from mistralcli.units import size_text
 
@@ -22,9 +23,15 @@ def show(
     slack: Slack = None,
     device: Device = None,
     dtype: DType = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List the error of each tensor of a build.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a model's shape, files, size, its cache at a context length, and whether it fits in memory here."""
+    """Show a model's shape, files, size, its cache at a context length, and whether it fits in memory here.
+
+    Of a build it shows the card: where it comes from, what was done to it, and what was lost.
+    """
     from mistralcli import store
     from mistralcli.config import read_config
 
@@ -32,7 +39,7 @@ def show(
     config = read_config(directory)
     plan = _plan(directory, config, ctx, chunk, slack, device, dtype)
     facts = _facts(model, directory, config, plan)
-    console.write_out(json.dumps(facts) + "\n" if as_json else _as_text(facts))
+    console.write_out(json.dumps(facts) + "\n" if as_json else _as_text(facts, tensors))
 
 
 def _plan(
@@ -79,11 +86,14 @@ def _facts(model: str, directory: Path, config: "ModelConfig", plan: "MemoryPlan
     }
 
 
-def _as_text(facts: dict[str, Any]) -> str:
+def _as_text(facts: dict[str, Any], each_tensor: bool) -> str:
     """The facts as lines of `name  value`; names and values come from files, so they are escaped on a terminal."""
     config, memory = facts["config"], facts["memory"]
     rows = [("model", facts["model"]), ("path", facts["path"]), ("size", size_text(facts["size_bytes"]))]
     rows += [(key, _value(key, value)) for key, value in config.items()]
+    if facts["quantization"] is not None:
+        card = card_rows(facts["quantization"], each_tensor=each_tensor)
+        rows += [("card", ""), *((f"  {name}", value) for name, value in card)]
     rows += [("files", "")] + [(f"  {name}", size_text(size)) for name, size in facts["files"].items()]
     rows += [("memory", f"at a context of {memory['ctx']} tokens")]
     rows += [

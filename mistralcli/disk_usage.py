@@ -1,0 +1,125 @@
+"""What this program keeps on disk, and how much that takes: models, leftovers, chats, compiled kernels."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+
+from mistralcli.errors import DiskError
+from mistralcli.hub_cache import PART_SUFFIX, cache_directory, repo_directory
+from mistralcli.inventory import StoredModel, is_ours, list_models
+from mistralcli.store import models_directory
+
+Kind = Literal["build", "pulled", "leftovers", "chats", "kernels"]
+
+_NUMBA_FILES = ("*.nbi", "*.nbc")
+_PARTS = f"blobs/*{PART_SUFFIX}*"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One row: files and directories that belong together. `ours` is False where other tools may count on them."""
+
+    kind: Kind
+    name: str
+    paths: tuple[Path, ...]
+    size_bytes: int
+    ours: bool = True
+
+
+def disk_usage() -> list[Usage]:
+    """All that is there, models first. What several revisions of a pulled model share counts once."""
+    models = list_models()
+    builds = [
+        Usage("build", model.name, (model.path,), model.size_bytes)
+        for model in models
+        if model.kind == "build"
+    ]
+    rest = (_leftovers(), _chats(), _kernels(), _triton())
+    return [*builds, *_pulled(models), *(usage for usage in rest if usage.paths)]
+
+
+def size_bytes(paths: Iterable[Path]) -> int:
+    """What files, and those in directories, take together; a file that several names lead to counts once."""
+    files = {}
+    for path in paths:
+        for file in [path] if path.is_file() else path.rglob("*"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if file.is_file():
+                    status = file.stat()
+                    files[status.st_dev, status.st_ino] = status.st_size
+    return sum(files.values())
+
+
+def freed_bytes(models: Iterable[StoredModel]) -> int:
+    """What the disk gets back when these go: not what other revisions of a pulled model share with them."""
+    going = {model.path for model in models if not model.path.is_symlink()}
+    kept = {model.path for model in list_models() if not model.path.is_symlink()} - going
+    return size_bytes(going | kept) - size_bytes(kept)
+
+
+def remove(usage: Usage) -> None:
+    """Delete leftovers or kernels. Raises DiskError where that fails."""
+    for path in usage.paths:
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DiskError(f"{error.filename or path} cannot be removed: {error.strerror}") from error
+
+
+def _pulled(models: Iterable[StoredModel]) -> Iterator[Usage]:
+    """A row for each repository, which is ours when each of its revisions is."""
+    by_repository: dict[str, list[StoredModel]] = {}
+    for model in models:
+        if model.kind == "hub":
+            by_repository.setdefault(model.name, []).append(model)
+    for name, revisions in by_repository.items():
+        directory = repo_directory(name)
+        n_bytes = size_bytes([directory]) - size_bytes(directory.glob(_PARTS))
+        yield Usage("pulled", name, (directory,), n_bytes, all(map(is_ours, revisions)))
+
+
+def _leftovers() -> Usage:
+    """What a process that was killed left: beside the builds, where half-made ones are listed as such; of downloads."""
+    parts = cache_directory().glob(f"models--*/{_PARTS}")
+    paths = tuple(sorted((*models_directory().glob(".*"), *parts)))
+    return Usage("leftovers", "files of interrupted commands", paths, size_bytes(paths))
+
+
+def _chats() -> Usage:
+    """Sessions and the history of what was typed."""
+    state = platformdirs.user_state_path("mistral")
+    paths = tuple(sorted(path for path in state.glob("*") if path.name not in ("used", "pulled")))
+    return Usage("chats", "sessions and history", paths, size_bytes(paths))
+
+
+def _kernels() -> Usage:
+    """What numba compiled for this processor, beside the package or in the user's cache."""
+    packages = Path(__file__).resolve().parent.parent
+    folders = (packages / "quant" / "kernels" / "cpu", packages / "mistralcli" / "kernels" / "cpu")
+    places = [place for folder in folders for place in (folder / "__pycache__", *_numba_places(folder))]
+    paths = tuple(sorted(path for place in places for name in _NUMBA_FILES for path in place.glob(name)))
+    return Usage("kernels", "compiled for this CPU", paths, size_bytes(paths))
+
+
+def _numba_places(folder: Path) -> Iterator[Path]:
+    """Where numba caches a folder's functions when it cannot write there, by its own naming."""
+    name = f"{folder.name}_{hashlib.sha1(str(folder).encode(), usedforsecurity=False).hexdigest()}"
+    for root in (os.environ.get("NUMBA_CACHE_DIR"), platformdirs.user_cache_path("numba", appauthor=False)):
+        if root:
+            yield Path(root) / name
+
+
+def _triton() -> Usage:
+    """Kernels for GPUs are in a cache that all programs with Triton share."""
+    path = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    paths = (path,) if path.is_dir() else ()
+    return Usage("kernels", "compiled by Triton", paths, size_bytes(paths), ours=False)

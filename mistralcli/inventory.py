@@ -1,0 +1,238 @@
+"""The models that are stored on this machine: listed, found and removed, the broken ones too."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mistralcli import stamps
+from mistralcli.config import MODEL_TYPES, read_config
+from mistralcli.demo import DEMO
+from mistralcli.errors import DiskError, MistralError, ModelNotFoundError, UsageError
+from mistralcli.hub_cache import (
+    PART_SUFFIX,
+    cache_directory,
+    cached_repo_ids,
+    drop_dangling,
+    find_snapshot,
+    refs,
+    snapshots,
+)
+from mistralcli.settings import aliases
+from mistralcli.store import (
+    PARTIAL,
+    as_hub_model,
+    checkpoint_problem,
+    failed_its_gate,
+    models_directory,
+    not_found,
+    read_or_empty,
+)
+from quant.staging import can_be_resumed
+
+Kind = Literal["build", "hub"]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why a model cannot be run, or should not be, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on this machine.
+
+    `name` is what `-m` takes. A pulled one has a `revision` (its commit) and the `refs` (branches and tags)
+    that are at it; a build has the name and the revision of its source, as far as its card states them. `scheme`
+    says what is stored: a build's scheme, else the type of the weights. `used` is when it last ran, if it ever did.
+    """
+
+    name: str
+    kind: Kind
+    source: str | None
+    revision: str | None
+    refs: tuple[str, ...]
+    scheme: str | None
+    size_bytes: int
+    path: Path
+    modified: datetime
+    used: datetime | None
+    broken: Broken | None
+
+
+def list_models() -> list[StoredModel]:
+    """Every model on this machine, builds first; broken ones too, but not those of kinds we do not run."""
+    return [*_builds(), *(model for repo_id in cached_repo_ids() for model in _pulled(repo_id))]
+
+
+def find(name: str) -> list[StoredModel]:
+    """The stored models that `name` means: one build, or all revisions of a Hub id unless it states one.
+
+    Raises:
+        ModelNotFoundError: there are none.
+        UsageError: it is the demo in the package, or an alias, which means a model but is none.
+    """
+    if not name:
+        raise not_found(name)
+    stored = list_models()
+    found = [model for model in stored if model.kind == "build" and model.name == name]
+    if not found and (wanted := as_hub_model(name)):
+        found = [model for model in stored if model.kind == "hub" and model.name == wanted.repo_id]
+        if wanted.revision:
+            found = [model for model in found if model.path == find_snapshot(wanted)]
+    if not found and (alias := aliases().get(name)):
+        raise UsageError(
+            f"{name} is an alias of {alias.model}",
+            f"name that model, or remove the alias with: mistral alias --remove {name}",
+        )
+    if not found and name == DEMO:
+        raise UsageError("the model demo is built in: it is a part of mistral-cli, and goes with it")
+    if not found:
+        raise ModelNotFoundError(f"no model is stored here as {name}", "`mistral list` shows those that are")
+    return found
+
+
+def remove(model: StoredModel) -> None:
+    """Delete a stored model; what other revisions in the Hub's cache share with it stays.
+
+    Raises:
+        DiskError: it cannot be deleted.
+    """
+    try:
+        if model.kind == "hub":
+            _remove_pulled(model)
+        elif model.path.is_symlink():
+            model.path.unlink()
+        else:
+            shutil.rmtree(model.path)
+    except OSError as error:
+        raise DiskError(f"{error.filename or model.path} cannot be removed: {error.strerror}") from error
+    if model.path.exists():
+        raise DiskError(f"{model.path} cannot be removed", "check who owns it")
+    stamps.drop(model.path)
+
+
+def is_ours(model: StoredModel) -> bool:
+    """Whether nobody else can count on it: a build, or a snapshot that we fetched into the shared cache."""
+    return model.kind == "build" or stamps.when("pulled", model.path) is not None
+
+
+def _builds() -> Iterator[StoredModel]:
+    for path in sorted(models_directory().glob("*")):
+        if not path.name.startswith(".") and (path.is_dir() or path.is_symlink()):
+            origin = read_or_empty(path / "quantization_card.json").get("source")
+            origin = origin if isinstance(origin, dict) else {}
+            yield _stored(
+                path.name,
+                "build",
+                path,
+                source=_text(origin.get("name")),
+                revision=_text(origin.get("revision")),
+                broken=_build_problem(path),
+            )
+
+
+def _pulled(repo_id: str) -> Iterator[StoredModel]:
+    names = refs(repo_id)
+    for commit, path in snapshots(repo_id).items():
+        if _is_of_our_kind(path):
+            at = tuple(name for name, other in names.items() if other == commit)
+            broken = _pulled_problem(f"{repo_id}@{commit[:12]}" if len(names) > 1 else repo_id, path)
+            yield _stored(repo_id, "hub", path, source=repo_id, revision=commit, refs=at, broken=broken)
+
+
+def _is_of_our_kind(snapshot: Path) -> bool:
+    """Whether a snapshot is a model of a kind that we run, or was to be one; other tools have theirs there as well."""
+    if (snapshot / "params.json").is_file() or stamps.when("pulled", snapshot) is not None:
+        return True
+    return read_or_empty(snapshot / "config.json").get("model_type") in MODEL_TYPES
+
+
+def _stored(
+    name: str,
+    kind: Kind,
+    path: Path,
+    *,
+    source: str | None,
+    revision: str | None,
+    broken: Broken | None,
+    refs: tuple[str, ...] = (),
+) -> StoredModel:
+    files = {file.resolve() for file in path.rglob("*") if file.is_file()}
+    return StoredModel(
+        name=name,
+        kind=kind,
+        source=source,
+        revision=revision,
+        refs=refs,
+        scheme=_scheme(path),
+        size_bytes=sum(file.stat().st_size for file in files),
+        path=path,
+        modified=datetime.fromtimestamp(path.lstat().st_mtime, UTC),
+        used=stamps.when("used", path),
+        broken=broken,
+    )
+
+
+def _build_problem(path: Path) -> Broken | None:
+    again = f"make it again with `mistral quantize`, or `mistral rm {path.name}`"
+    if path.is_symlink() and not path.exists():
+        return Broken(f"a link to {path.readlink()}, where nothing is", f"`mistral rm {path.name}`")
+    if path.name.endswith(PARTIAL):
+        whole = path.with_name(path.name.removesuffix(PARTIAL))
+        go_on = f"go on with `mistral quantize --resume`, or `mistral rm {path.name}`"
+        return Broken("half-made", go_on if can_be_resumed(whole) else again)
+    if failed_its_gate(path):
+        return Broken("failed its quality gate", f"make it again with more bits, or `mistral rm {path.name}`")
+    problem = checkpoint_problem(path) or _config_problem(path)
+    return None if problem is None else Broken(problem, again)
+
+
+def _pulled_problem(name: str, path: Path) -> Broken | None:
+    problem = checkpoint_problem(path) or _config_problem(path)
+    if problem is None:
+        return None
+    is_begun = any((path.parent.parent / "blobs").glob(f"*{PART_SUFFIX}"))
+    reason, pull = ("half-pulled", "go on with") if is_begun else (problem, "fetch it again with")
+    return Broken(reason, f"{pull} `mistral pull {name}`, or `mistral rm {name}`")
+
+
+def _config_problem(path: Path) -> str | None:
+    """Why a configuration cannot be used. That of Mistral's own layout is read with the weights, when it runs."""
+    try:
+        if (path / "config.json").is_file():
+            read_config(path)
+    except MistralError as error:
+        return error.message
+    return None
+
+
+def _scheme(directory: Path) -> str | None:
+    """The scheme that a build's card states, else how the configuration says that the weights are stored."""
+    scheme = read_or_empty(directory / "quantization_card.json").get("scheme")
+    if isinstance(scheme, str):
+        return scheme
+    config = read_or_empty(directory / "config.json")
+    quantization = config.get("quantization_config")
+    value = quantization.get("quant_method") if isinstance(quantization, dict) else config.get("dtype")
+    return _text(value or config.get("torch_dtype"))
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _remove_pulled(model: StoredModel) -> None:
+    """Let huggingface_hub delete a revision, in view of its repository alone: copies share their commits."""
+    from huggingface_hub import scan_cache_dir
+
+    assert model.revision is not None
+    drop_dangling(model.name)
+    cache = scan_cache_dir(cache_directory())
+    own = frozenset(repo for repo in cache.repos if (repo.repo_type, repo.repo_id) == ("model", model.name))
+    replace(cache, repos=own).delete_revisions(model.revision).execute()

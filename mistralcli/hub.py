@@ -1,6 +1,7 @@
-"""Pull a model from the Hugging Face Hub into the cache that all its tools share, through huggingface_hub.
+"""Pull a model from the Hugging Face Hub into the cache that all its tools share.
 
-What comes is checked against the sizes and hashes that the Hub lists, which huggingface_hub does not do.
+huggingface_hub asks for the listing, and keeps the token; files come by `transfer`, which goes on where it was stopped
+and checks them against the sizes and hashes that the Hub lists.
 """
 
 import logging
@@ -8,30 +9,38 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, is_offline_mode
-from huggingface_hub.utils.tqdm import tqdm
+from filelock import Timeout
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode
+from huggingface_hub.utils import WeakFileLock
 
-from mistralcli import __version__
+from mistralcli import __version__, stamps
 from mistralcli.config import read_config
 from mistralcli.errors import AccessError, DiskError, IntegrityError, NetworkError
 from mistralcli.hub_cache import (
     HubModel,
+    blob_path,
     cache_directory,
     drop_dangling,
+    enter_snapshot,
     find_snapshot,
+    lock_path,
     parse_hub_model,
     repo_directory,
     write_ref,
 )
 from mistralcli.hub_errors import HubRequest, hub_endpoint, not_the_hub, our_errors
 from mistralcli.hub_files import RemoteFile, choose_files
+from mistralcli.hub_http import DEFAULT_PATIENCE, LIBRARY, Patience, Remote, patiently
 from mistralcli.store import checkpoint_problem
+from mistralcli.transfer import OnBytes, OnNote, fetch, part_bytes
 from mistralcli.units import size_text
+from quant.staging import free_bytes
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes that are here, and with the bytes of all files."""
@@ -39,17 +48,22 @@ OnProgress = Callable[[int, int], None]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
-_LIBRARY = "mistral-cli"
-"""How we introduce ourselves to the Hub."""
+_LOCK_TRY_S = 0.3
+"""So long a lock is waited for in silence."""
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One commit of one repository, and what it takes to ask for its files; `token` is False for none."""
+class Source:
+    """One commit of one repository, and what it takes to ask for its files; `token` is False for none.
+
+    `licence` and `gated` (`auto` or `manual`: who grants access) are as the Hub states them: foreign text.
+    """
 
     request: HubRequest
     token: str | Literal[False]
     commit: str
+    licence: str | None = None
+    gated: str | None = None
 
     @property
     def repo_id(self) -> str:
@@ -59,36 +73,22 @@ class _Source:
     def snapshot(self) -> Path:
         return repo_directory(self.repo_id) / "snapshots" / self.commit
 
-    def download(self, name: str, **options: Any) -> Path:
-        """Have huggingface_hub put one file in its place, unless it is there."""
-        with our_errors(self.request):
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    revision=self.commit,
-                    cache_dir=cache_directory(),
-                    endpoint=self.request.endpoint,
-                    token=self.token,
-                    library_name=_LIBRARY,
-                    library_version=__version__,
-                    **options,
-                )
-            )
-
 
 def pull(
     model: str,
     *,
     revision: str | None = None,
     token: str | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = lambda _: None,
 ) -> Path:
     """Download one runnable copy of `model` (`OWNER/NAME`, or with `@REVISION`) and return its directory.
 
-    Files that are here already are checked, and fetched again only when they are damaged. The branch or tag
-    is recorded last, so that it never names an unfinished download. HF_ENDPOINT, HF_HOME, HF_TOKEN and
-    HF_HUB_OFFLINE are honoured; offline, a model that is here whole is returned as it is.
+    Files that are here already are checked, and fetched again only when they are damaged; those that are here in part
+    are gone on with. The branch or tag is recorded last, so that it never names an unfinished download. HF_ENDPOINT,
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured; offline, a model that is here whole is returned as it is.
+    `on_note` gets a line where something is waited for.
 
     Raises:
         UsageError: `model` is not a model's name.
@@ -102,19 +102,16 @@ def pull(
     wanted = parse_hub_model(model if revision is None else f"{model}@{revision}")
     if is_offline_mode():
         return _already_here(wanted)
-    _require_cache()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, our errors say
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also sends which agent runs it and torch's version
-    source, listing = _list_files(wanted, *find_token(token))
+    source, listing = patiently(lambda: look_up(wanted, token), patience, on_note)
     files = choose_files(wanted.repo_id, listing)
-    _refuse_unsupported(source, files[0])
+    fetching, progress = Fetching(source, patience, on_note), _Progress(on_progress, files)
+    _refuse_unsupported(fetching, files[0])
     _require_space(source, files)
-    done, total = 0, sum(file.size_bytes for file in files)
+    if not source.snapshot.exists():  # else another tool may count on it
+        stamps.leave("pulled", source.snapshot)
     for file in files:
-        _obtain(source, file, _bar_class(on_progress, done, total))
-        done += file.size_bytes
-        if on_progress is not None:
-            on_progress(done, total)
+        _obtain(fetching, file, progress)
+        progress.finish(file)
     problem = checkpoint_problem(source.snapshot)
     if problem is not None:
         raise IntegrityError(
@@ -127,11 +124,28 @@ def pull(
 def _already_here(model: HubModel) -> Path:
     snapshot = find_snapshot(model)
     if snapshot is None or checkpoint_problem(snapshot) is not None:
-        raise NetworkError(
-            f"{model} is not on this machine, and HF_HUB_OFFLINE forbids asking the Hub",
-            "unset HF_HUB_OFFLINE and pull again",
-        )
+        raise is_offline(model)
     return snapshot
+
+
+def is_offline(model: HubModel) -> NetworkError:
+    """What to say where the Hub must not be asked for a model."""
+    return NetworkError(
+        f"{model} is not on this machine, and --offline or HF_HUB_OFFLINE forbids asking the Hub",
+        "leave out --offline, unset HF_HUB_OFFLINE, and pull again",
+    )
+
+
+def look_up(model: HubModel, token: str | None = None) -> tuple[Source, list[RemoteFile]]:
+    """Which commit a model is at on the Hub, and every file in it; nothing is downloaded.
+
+    Raises:
+        MistralError: as `pull`.
+    """
+    _require_cache()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, our errors say
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also sends which agent runs it and torch's version
+    return _list_files(model, *find_token(token))
 
 
 def _require_cache() -> None:
@@ -168,11 +182,11 @@ def find_token(flag: str | None) -> tuple[str | Literal[False], str | None]:
 
 def _list_files(
     model: HubModel, token: str | Literal[False], token_source: str | None
-) -> tuple[_Source, list[RemoteFile]]:
+) -> tuple[Source, list[RemoteFile]]:
     """Ask the Hub which commit `model` is at, and for the name, size and hash of every file in it."""
     request = HubRequest(model, hub_endpoint(), token_source)
     with our_errors(request):
-        api = HfApi(request.endpoint, token, library_name=_LIBRARY, library_version=__version__)
+        api = HfApi(request.endpoint, token, library_name=LIBRARY, library_version=__version__)
         try:
             info = api.model_info(
                 model.repo_id,
@@ -181,9 +195,20 @@ def _list_files(
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
             files = [_remote_file(sibling) for sibling in info.siblings or ()]
-            return _Source(request, token, _commit(info.sha)), files
+            gated = info.gated if isinstance(info.gated, str) else None
+            return Source(request, token, _commit(info.sha), _licence(info), gated), files
         except (AttributeError, KeyError, TypeError) as error:
             raise not_the_hub(error, request) from error
+
+
+def _licence(info: Any) -> str | None:
+    """The licence that the model's card states: its own name where it is none of the usual, and where to read it."""
+    card = info.card_data
+    stated = [card.get(key) for key in ("license_name", "license", "license_link")] if card else []
+    named = [text for text in stated[:2] if isinstance(text, str) and text != "other"][:1]
+    named += [text for text in stated[2:] if isinstance(text, str)]
+    tags = (tag for tag in info.tags or () if isinstance(tag, str) and tag.startswith("license:"))
+    return ", ".join(named) or next((tag.removeprefix("license:") for tag in tags), None)
 
 
 def _commit(sha: str | None) -> str:
@@ -201,18 +226,60 @@ def _remote_file(sibling: Any) -> RemoteFile:
     return RemoteFile(sibling.rfilename, size_bytes, digest)
 
 
-def _refuse_unsupported(source: _Source, config: RemoteFile) -> None:
+@dataclass(frozen=True)
+class Fetching:
+    """What it takes to have files of one commit: whom to ask, for how long, and whom to tell."""
+
+    source: Source
+    patience: Patience
+    on_note: OnNote
+
+    def remote(self, file: RemoteFile) -> Remote:
+        source = self.source
+        return Remote(source.request, source.token, source.commit, file, self.patience.timeout_s)
+
+    def fetch(self, file: RemoteFile, target: Path, on_bytes: Callable[[int], None]) -> None:
+        """Download a file that is not there, or go on with it."""
+        fetch(self.remote(file), target, patience=self.patience, on_bytes=on_bytes, on_note=self.on_note)
+
+
+class _Progress:
+    """Adds up the bytes that are here, which never become fewer, and passes them on."""
+
+    def __init__(self, report: OnProgress | None, files: Sequence[RemoteFile]) -> None:
+        self._report = report
+        self._total_bytes = sum(file.size_bytes for file in files)
+        self._finished_bytes = 0
+        self._shown_bytes = 0
+
+    def __call__(self, file_bytes: int) -> None:
+        """So much of the present file is here."""
+        self._shown_bytes = max(self._shown_bytes, self._finished_bytes + file_bytes)
+        if self._report is not None:
+            self._report(self._shown_bytes, self._total_bytes)
+
+    def finish(self, file: RemoteFile) -> None:
+        self._finished_bytes += file.size_bytes
+        self(0)
+
+
+def _refuse_unsupported(fetching: Fetching, config: RemoteFile) -> None:
     """Read the configuration outside the cache: a model that does not run here leaves nothing behind."""
+    blob = blob_path(fetching.source.repo_id, config.digest)
     with tempfile.TemporaryDirectory(prefix="mistral-") as directory:
-        source.download(config.name, local_dir=directory)
+        copy = Path(directory) / config.name
+        if blob.is_file() and config.matches(blob):
+            shutil.copyfile(blob, copy)
+        else:
+            fetching.fetch(config, copy, lambda _: None)
         read_config(Path(directory))
 
 
-def _require_space(source: _Source, files: list[RemoteFile]) -> None:
-    blobs = repo_directory(source.repo_id) / "blobs"
-    needed = sum(file.size_bytes for file in files if not (blobs / file.digest).is_file())
-    place = next(path for path in blobs.parents if path.is_dir())
-    free = shutil.disk_usage(place).free
+def _require_space(source: Source, files: list[RemoteFile]) -> None:
+    blobs = {file: blob_path(source.repo_id, file.digest) for file in files}
+    needed = sum(file.size_bytes - part_bytes(blob) for file, blob in blobs.items() if not blob.is_file())
+    place = next(path for path in cache_directory().joinpath("x").parents if path.is_dir())
+    free = free_bytes(place)
     if needed > free:
         raise DiskError(
             f"{source.request.model} needs {size_text(needed)}, and {place} has {size_text(free)} free",
@@ -220,52 +287,46 @@ def _require_space(source: _Source, files: list[RemoteFile]) -> None:
         )
 
 
-def _obtain(source: _Source, file: RemoteFile, bar_class: type) -> None:
-    """Have one file in the snapshot, as the Hub lists it.
+def _obtain(fetching: Fetching, file: RemoteFile, progress: OnBytes) -> None:
+    """Have one file in the snapshot, as the Hub lists it; one that is damaged makes way, in all snapshots.
 
     Raises:
-        IntegrityError: what was downloaded is something else; it has been removed.
+        MistralError: as `transfer.fetch`.
     """
-    path = source.snapshot / file.name
+    source = fetching.source
+    path, blob = source.snapshot / file.name, blob_path(source.repo_id, file.digest)
     if path.is_file() and file.matches(path):
         return
-    if path.is_file():
-        _discard(source, file)
-    source.download(file.name, tqdm_class=bar_class)
-    if not file.matches(path):
-        _discard(source, file)
-        raise IntegrityError(
-            f"{file.name} of {source.request.model} is not what {source.request.host} lists, by size or hash",
-            "the download was damaged on the way and has been removed: pull again",
-        )
+    with our_errors(source.request), _locked(fetching, file):
+        if path.is_file():
+            if file.matches(path):
+                return
+            _discard(source, file)
+        if blob.is_file() and not file.matches(blob):
+            blob.unlink()
+        is_new = not blob.is_file()
+        if is_new:
+            fetching.fetch(file, blob, progress)
+        enter_snapshot(blob, path, is_new=is_new, use_links=not constants.HF_HUB_DISABLE_SYMLINKS)
 
 
-def _discard(source: _Source, file: RemoteFile) -> None:
+@contextmanager
+def _locked(fetching: Fetching, file: RemoteFile) -> Iterator[None]:
+    """Hold the lock of a file's content, which huggingface_hub takes too; says so where another has it."""
+    lock = lock_path(fetching.source.repo_id, file.digest)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(lock, timeout=_LOCK_TRY_S))
+        except Timeout:
+            fetching.on_note(f"another program is fetching {file.name}: waiting for it")
+            held.enter_context(WeakFileLock(lock))
+        yield
+
+
+def _discard(source: Source, file: RemoteFile) -> None:
     """Remove a damaged file from the cache, and from every snapshot that shares it."""
     path = source.snapshot / file.name
     path.resolve().unlink()
     drop_dangling(source.repo_id)
     path.unlink(missing_ok=True)
-
-
-def _bar_class(on_progress: OnProgress | None, done: int, total: int) -> type:
-    """A silent progress bar for huggingface_hub, which reports to ours; `done` bytes were here before."""
-
-    class Bar(tqdm):
-        fetched = 0
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> None:
-            self.fetched += int(n or 0)
-            if on_progress is not None:
-                on_progress(done + self.fetched, total)
-
-        def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the wire, which Xet counts apart from bytes on the disk."""
-
-        def set_transfer_postfix_str(self, *args: Any, **options: Any) -> None:
-            """The speed of the former."""
-
-    return Bar

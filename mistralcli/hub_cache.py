@@ -3,21 +3,33 @@
     models--OWNER--NAME/refs/REVISION       a file that holds the commit which a branch or tag was at
     models--OWNER--NAME/snapshots/COMMIT/   that commit's files, as links into blobs/
     models--OWNER--NAME/blobs/DIGEST        their content, shared by all snapshots
+    .locks/models--OWNER--NAME/DIGEST.lock  held by whoever is fetching that content
+
+Ours alone are blobs/DIGEST.mistral-part and its journal, of a download that is not finished.
 
 Nothing here imports huggingface_hub: `mistral run` finds its model without waiting for it.
 """
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mistralcli.errors import UsageError
 
+PART_SUFFIX = ".mistral-part"
+"""Of a file that is being downloaded, beside the blobs; huggingface_hub's own end in `.incomplete`."""
+JOURNAL_SUFFIX = ".journal"
+"""Of what says which bytes of it are here."""
+
 _WORD = r"\w(?:[\w.-]{0,94}\w)?"
 _REPO_ID = re.compile(rf"(?:{_WORD}/)?{_WORD}", re.ASCII)
 _REVISION = re.compile(r"\w(?:[\w./+-]{0,250}[\w+-])?", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""Of git for small files, SHA-256 for large ones."""
 _COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,40}")
 
 
@@ -108,6 +120,42 @@ def write_ref(model: HubModel, commit: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(commit)
     temporary.replace(path)
+
+
+def blob_digest(path: Path) -> str | None:
+    """The digest that a snapshot's file has by the name of the blob that it links to; None for any other file."""
+    if not path.is_symlink():
+        return None
+    target = path.readlink()
+    return target.name if target.parent.name == "blobs" and _DIGEST.fullmatch(target.name) else None
+
+
+def blob_path(repo_id: str, digest: str) -> Path:
+    """Where the cache keeps a file's content, whether or not it is there."""
+    return repo_directory(repo_id) / "blobs" / digest
+
+
+def lock_path(repo_id: str, digest: str) -> Path:
+    """The file that huggingface_hub and we lock while that content is fetched."""
+    return cache_directory() / ".locks" / repo_directory(repo_id).name / f"{digest}.lock"
+
+
+def enter_snapshot(blob: Path, path: Path, *, is_new: bool, use_links: bool = True) -> None:
+    """Let `path` in a snapshot be the file whose content is `blob`: a relative link.
+
+    Where links cannot be made it is the blob itself, moved there, or a copy of one that was here before, which others
+    may use.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if use_links:
+        with suppress(OSError, NotImplementedError):
+            path.symlink_to(os.path.relpath(blob, path.parent))
+            return
+    if is_new:
+        blob.replace(path)
+    else:
+        shutil.copyfile(blob, path)
 
 
 def drop_dangling(repo_id: str) -> None:

@@ -5,9 +5,11 @@ By name, because the HTTP library is httpx in huggingface_hub 1 and httpx2 in 2:
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
@@ -27,6 +29,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 _CHECK_CONNECTION = "check the network connection, and HF_ENDPOINT if it is set"
 _MAX_QUOTE = 160
+_PASSING = {"TimeoutException", "TransportError", "NetworkError", "ProtocolError"}
+"""Kinds of exceptions after which it is worth trying again."""
+_PASSING_STATUS = (408, 425, 429)
+"""And answers, beside those from 500 on."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,29 @@ def translated(error: Exception, request: HubRequest) -> MistralError | None:
     return None
 
 
-def not_the_hub(error: Exception, request: HubRequest) -> MistralError:
+def is_passing(error: Exception) -> bool:
+    """Whether what the network raised may be over in a while: no refusal, no certificate, no proxy's settings."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "HfHubHTTPError" in kinds:
+        status = int(getattr(error, "response").status_code)  # noqa: B009 - its type is one of two packages'
+        return status in _PASSING_STATUS or status >= 500
+    untrusted = any(type(cause).__name__ == "SSLCertVerificationError" for cause in _chain(error))
+    return bool(kinds & _PASSING) and "ProxyError" not in kinds and not untrusted
+
+
+def retry_after_s(error: Exception) -> float | None:
+    """How many seconds an answer asks to wait (Retry-After: seconds, or a date), if it does."""
+    response = getattr(error, "response", None)
+    text = response.headers.get("Retry-After", "") if response is not None else ""
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def not_the_hub(error: Exception | None, request: HubRequest) -> MistralError:
     """Something answered, but not in the Hub's protocol."""
     return NetworkError(
         f"{request.host} answered with something that is not the Hub",
@@ -220,7 +248,7 @@ def _timeout(error: Exception, request: HubRequest) -> MistralError:
 def _broken_off(error: Exception, request: HubRequest) -> MistralError:
     return NetworkError(
         f"the connection to {request.host} broke off: {_reason(error)}",
-        "pull again; files that are complete are kept",
+        "pull again: what came so far was kept",
     )
 
 
@@ -228,7 +256,7 @@ def _from_os(error: Any, request: HubRequest) -> MistralError | None:
     """Errors of the disk; and a body of the wrong length, for which huggingface_hub raises a bare OSError."""
     if error.errno in _FULL:
         return DiskError(
-            "the disk is full; files that are complete were kept",
+            "the disk is full; what came so far was kept",
             "free some space and pull again, or name a larger disk in HF_HOME",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
@@ -261,6 +289,8 @@ _TABLE: dict[str, Callable[[Any, HubRequest], MistralError | None]] = {
     "ConnectError": _unreachable,
     "TimeoutException": _timeout,
     "TransportError": _broken_off,
+    "NetworkError": _broken_off,  # httpcore's, below both
+    "ProtocolError": _broken_off,
     "TooManyRedirects": not_the_hub,
     "JSONDecodeError": not_the_hub,
     # Python's

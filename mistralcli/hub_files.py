@@ -2,14 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mistralcli.errors import IntegrityError, ModelNotFoundError
-from quant.files import STEMS, TOKENIZER_FILES, index_name, matches, numbered_shards
+from quant.files import QUANTIZE_CONFIG, STEMS, TOKENIZER_FILES, index_name, matches, numbered_shards
 
-_BESIDE_WEIGHTS = (*TOKENIZER_FILES, "quantization_card.json", "LICENSE*", "NOTICE*")
+_BESIDE_WEIGHTS = (*TOKENIZER_FILES, QUANTIZE_CONFIG, "quantization_card.json", "LICENSE*", "NOTICE*")
 _CONFIGS = {"model": "config.json", "consolidated": "params.json"}
 """The configuration's name by the weights' stem."""
 
@@ -26,17 +26,22 @@ class RemoteFile:
     size_bytes: int
     digest: str
 
-    def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has the size and the digest that the Hub states."""
+    def matches(self, path: Path, on_read: Callable[[int], None] = lambda n_bytes: None) -> bool:
+        """Whether the file at `path` has this size and digest; `on_read` gets the bytes of each step."""
         if path.stat().st_size != self.size_bytes:
             return False
-        digest = hashlib.sha256()
-        if len(self.digest) == 40:
-            digest = hashlib.sha1(f"blob {self.size_bytes}\0".encode(), usedforsecurity=False)
+        digest = self.new_hash()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
+                on_read(len(chunk))
         return digest.hexdigest() == self.digest
+
+    def new_hash(self) -> "hashlib._Hash":
+        """What turns the file's content into its digest, before the first byte."""
+        if len(self.digest) == 40:
+            return hashlib.sha1(f"blob {self.size_bytes}\0".encode(), usedforsecurity=False)
+        return hashlib.sha256()
 
 
 def choose_files(repo_id: str, listing: Sequence[RemoteFile]) -> list[RemoteFile]:

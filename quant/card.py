@@ -1,37 +1,42 @@
 """`quantization_card.json`: where a build comes from, what was done to it, and what was lost."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from quant.errors import IntegrityError
+from quant.build_plan import Recipe
+from quant.method import Calibration
 from quant.plan import PlannedTensor
-
-FORMAT_VERSION = 1
-"""Of the build format, docs/format.md; a change that an older reader would misread increases it."""
-
-_CHUNK_BYTES = 1 << 22
+from quant.quality import LeftOut, Quality
+from quant.staging import FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The quality gate: no tensor's relative error may exceed `max_error`."""
+    """The quality gate: no tensor's relative error may exceed `max_error`, nor the mean `kl` on a text `max_kl`.
+
+    `kl`, in nats a token, is None where it was not measured.
+    """
 
     max_error: float
     worst_tensor: str
     worst_error: float
+    max_kl: float
+    kl: float | None = None
+
+    @property
+    def errors_passed(self) -> bool:
+        return self.worst_error <= self.max_error
 
     @property
     def passed(self) -> bool:
-        return self.worst_error <= self.max_error
+        return self.errors_passed and (self.kl is None or self.kl <= self.max_kl)
 
 
-def gate(errors: Mapping[str, float], max_error: float) -> Gate:
-    """The tensor that lost most, and whether that is too much."""
+def gate(errors: Mapping[str, float], max_error: float, max_kl: float) -> Gate:
+    """The tensor that lost most, and whether that is too much; nothing is known of the KL yet."""
     worst = max(errors, key=errors.__getitem__)
-    return Gate(max_error, worst, errors[worst])
+    return Gate(max_error, worst, errors[worst], max_kl)
 
 
 def bits_per_weight(tensors: Iterable[PlannedTensor]) -> float:
@@ -42,18 +47,27 @@ def bits_per_weight(tensors: Iterable[PlannedTensor]) -> float:
 
 def card(
     source: Mapping[str, Any],
-    scheme_name: str,
+    recipe: Recipe,
+    calibration: Calibration | None,
     planned: Sequence[PlannedTensor],
     errors: Mapping[str, float],
     verdict: Gate,
+    quality: Quality | LeftOut,
+    files: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The card as JSON; docs/format.md explains each value. `errors`: relative ones of the quantized tensors."""
+    """The card as JSON; docs/format.md explains each value. `errors`: relative ones of the quantized tensors.
+
+    files: size and sha256 of all files of the build but the card.
+    """
     schemes = {tensor.name: tensor.scheme for tensor in planned if tensor.scheme is not None}
     return {
         "format_version": FORMAT_VERSION,
         "source": source,
-        "scheme": scheme_name,
-        "method": "rtn",
+        "scheme": recipe.scheme.name,
+        "method": recipe.method.name,
+        "calibration": None if calibration is None else dict(calibration.description),
+        "keep": [str(rule) for rule in recipe.keep],
+        "target_size_bytes": recipe.target_bytes,
         "size_bytes": {
             "before": sum(tensor.spec.nbytes for tensor in planned),
             "after": sum(tensor.stored_bytes for tensor in planned),
@@ -63,20 +77,9 @@ def card(
             "all": bits_per_weight(planned),
         },
         "gate": {**vars(verdict), "passed": verdict.passed},
+        "quality": quality.for_card(),
+        "files": files,
         "tensors": {
             name: {"scheme": scheme.name, "relative_error": errors[name]} for name, scheme in schemes.items()
         },
     }
-
-
-def file_hash(path: Path, on_read: Callable[[int], None]) -> dict[str, Any]:
-    """Size and sha256 of a file; `on_read` gets the bytes of each step."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                on_read(len(chunk))
-    except OSError as error:
-        raise IntegrityError(f"{path} cannot be read: {error}", "pull the model again") from error
-    return {"size_bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,12 +1,13 @@
-"""Writing a safetensors file one tensor at a time, so that it never is in memory as a whole.
+"""Writing safetensors files one tensor at a time, so that they never are in memory as a whole.
 
 The safetensors library writes a dictionary of tensors at once. The format is simple: an 8-byte little-endian
 length, a JSON header of that length with name, dtype, shape and place of each tensor, then the data without gaps.
 """
 
 import json
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -35,19 +36,21 @@ def file_size_bytes(specs: Mapping[str, TensorSpec]) -> int:
 
 
 class SafetensorsWriter:
-    """A new file whose tensors are written in any order; a context manager, to close it.
+    """A file whose tensors are written in any order; a context manager, to close it.
+
+    written: names of tensors that the file has already, from an earlier process. Without any it is made anew.
 
     Raises:
-        OSError: the file exists, or cannot be written.
+        OSError: it cannot be written, or is not there where it should have tensors.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], written: Collection[str] = ()) -> None:
         self._specs = dict(specs)
         self._offsets = _offsets(specs)
-        self._missing = set(specs)
+        self._missing = set(specs).difference(written)
         header = _header(self._offsets, specs)
         self._data_start = len(header)
-        self._file = path.open("xb")
+        self._file = path.open("r+b" if written else "wb")
         self._file.write(header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -55,8 +58,13 @@ class SafetensorsWriter:
         spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
         assert spec == self._specs[name], f"{name}: {spec} is not the announced {self._specs[name]}"
         self._file.seek(self._data_start + self._offsets[name])
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
+
+    def sync(self) -> None:
+        """Have on the disk what was written until now."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

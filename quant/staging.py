@@ -1,4 +1,4 @@
-"""A directory that appears complete or not at all."""
+"""A directory that appears complete or not at all, and may be gone on with where its making was stopped."""
 
 import errno
 import fcntl
@@ -8,20 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant.errors import DiskError, UsageError
+from quant.errors import DiskError, MistralError, NotEnoughMemoryError, UsageError
 
 PARTIAL = ".partial"
 CARD = "quantization_card.json"
 """Every build has one: what lacks it is never replaced."""
 
+FORMAT_VERSION = 1
+"""Of builds, docs/format.md; a change that an older reader would misread increases it. Their cards state it."""
+
+JOURNAL = "journal.jsonl"
+"""What of a half-made build is done (`quant.journal`); a build that is complete loses it last of all."""
+
+_PASSING_CODES = (5, DiskError.exit_code, NotEnoughMemoryError.exit_code)
+"""Of errors that leave what is done as good as it was; 5 is the network's, which is not known here by its class."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[Path]:
+def staged(destination: Path, *, needed_bytes: int, replace: bool, resume: bool = False) -> Iterator[Path]:
     """Yield a new directory, `destination` + ".partial", which takes its place on leaving without an error.
 
-    On an error it is removed. A process that is killed leaves it; the next one for this destination empties it.
+    On an error it is removed; but one that has a journal stays after Ctrl-C and where disk or memory ran out. A
+    process that is killed leaves it as well. The next one for this destination empties it, or with `resume` takes
+    it over as it is, if it has a journal.
 
     Raises:
         UsageError: the destination exists, and `replace` is off or it is no build; or another process is making it.
@@ -31,30 +42,68 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool) -> Iterator[P
     if destination.exists() and not (replace and is_build):
         what, hint = ("", ", or replace it with --force") if is_build else (" and is not a build", "")
         raise UsageError(f"{destination} exists already{what}", f"choose another name{hint}")
-    partial = destination.with_name(destination.name + PARTIAL)
+    partial = partial_of(destination)
     with _disk_errors(destination, needed_bytes), _claimed(partial, destination):
         try:
+            if not (resume and (partial / JOURNAL).is_file()):
+                _empty(partial)
             shutil.rmtree(_replaced(destination), ignore_errors=True)
-            if free_bytes(partial) < needed_bytes:
+            if free_bytes(partial) + _size_bytes(partial) < needed_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield partial
             _put_in_place(partial, destination)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            if not (_is_worth_resuming(error) and (partial / JOURNAL).is_file()):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def partial_of(destination: Path) -> Path:
+    """Where a build is while it is being made."""
+    return destination.with_name(destination.name + PARTIAL)
+
+
+def can_be_resumed(destination: Path) -> bool:
+    """Whether there is a half-made build of that name which `staged` would go on with."""
+    return (partial_of(destination) / JOURNAL).is_file()
+
+
+def finish_renamed(destination: Path) -> bool:
+    """Take the journal away from a build that was complete and renamed when its process was killed; says if it was."""
+    journal = destination / JOURNAL
+    if not (journal.is_file() and (destination / CARD).is_file()):
+        return False
+    journal.unlink()
+    shutil.rmtree(_replaced(destination), ignore_errors=True)
+    return True
+
+
+def _is_worth_resuming(error: BaseException) -> bool:
+    """Whether the same command may succeed later, with nothing wrong in what is done already."""
+    if isinstance(error, MistralError):
+        return error.exit_code in _PASSING_CODES
+    return isinstance(error, OSError | KeyboardInterrupt | MemoryError)
+
+
+def _empty(directory: Path) -> None:
+    for leftover in directory.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _size_bytes(directory: Path) -> int:
+    """What the files in it take on the disk, holes not counted."""
+    return sum(file.stat().st_blocks * 512 for file in directory.iterdir())
 
 
 @contextmanager
 def _claimed(partial: Path, destination: Path) -> Iterator[None]:
-    """Make `partial`, or empty the one that is there, locked against other processes; a killed one lets go."""
+    """Make `partial`, or take the one that is there, locked against other processes; a killed one lets go."""
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
             raise BlockingIOError  # the other process was done between our two calls
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     except BlockingIOError:
         raise UsageError(
@@ -78,30 +127,31 @@ def _disk_errors(destination: Path, needed_bytes: int) -> Iterator[None]:
         if error.filename is not None and not _is_written(Path(error.filename), destination):
             raise DiskError(f"{error.filename} cannot be read: {error.strerror}") from error
         existing = next(parent for parent in destination.absolute().parents if parent.exists())
+        go_on = "; what is done stays, and --resume goes on with it" if can_be_resumed(destination) else ""
         if error.errno in _FULL:
             raise DiskError(
                 f"no room for {destination}: {needed_bytes:,} bytes are needed, {free_bytes(existing):,} are free "
                 f"({error.strerror})",
-                "make room on that disk, or choose a directory on another with -o",
+                f"make room on that disk, or choose a directory on another with -o{go_on}",
             ) from error
         raise DiskError(f"{destination} cannot be written: {error}") from error
 
 
 def _put_in_place(partial: Path, destination: Path) -> None:
-    """Make `partial` durable and rename it; a build that it replaces is removed last."""
+    """Make `partial` durable and rename it; a build that it replaces is removed last, and before it the journal."""
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     if destination.exists():
         destination.rename(_replaced(destination))
     partial.rename(destination)
-    _sync(destination.parent)
+    sync(destination.parent)
+    (destination / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(_replaced(destination), ignore_errors=True)
 
 
 def _is_written(path: Path, destination: Path) -> bool:
     """Whether a path belongs to what is made here: the build under any of its names, or a directory above it."""
-    partial = destination.with_name(destination.name + PARTIAL)
-    names = (destination, partial, _replaced(destination))
+    names = (destination, partial_of(destination), _replaced(destination))
     return path in destination.parents or any(path.is_relative_to(name) for name in names)
 
 
@@ -110,7 +160,8 @@ def _replaced(destination: Path) -> Path:
     return destination.with_name(f"{destination.name}.replaced{PARTIAL}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a directory's list of files, on the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

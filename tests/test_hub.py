@@ -186,24 +186,17 @@ def test_a_damaged_download_is_named_and_removed_so_that_the_next_pull_is_whole(
     source = write_checkpoint(tmp_path / "source")
     server.add(MODEL, source)
     file = server.file(MODEL, name)
-    server.faults[file.digest if file.is_lfs else f"/{name}"] = Fault("corrupt", times=1)
+    part = file.digest if file.is_lfs else f"/{name}"
+    server.faults[part] = Fault("corrupt")
 
     with pytest.raises(IntegrityError, match=name):
         hub.pull(MODEL)
-    assert not (here / "models--mistralai--tiny" / "blobs" / file.digest).exists()
+    assert not list((here / "models--mistralai--tiny" / "blobs").glob(f"{file.digest}*"))
     assert hub_cache.refs(MODEL) == {}
     assert not huggingface_hub.scan_cache_dir(here).warnings
 
+    server.faults.clear()
     assert (hub.pull(MODEL) / name).read_bytes() == (source / name).read_bytes()
-
-
-def test_a_body_of_another_length_is_an_integrity_error(
-    server: HubServer, here: Path, tmp_path: Path
-) -> None:
-    server.add(MODEL, write_checkpoint(tmp_path / "source"))
-    server.faults[server.file(MODEL, "model.safetensors").digest] = Fault("short")
-    with pytest.raises(IntegrityError, match="length"):
-        hub.pull(MODEL)
 
 
 def test_an_index_that_names_a_shard_the_hub_does_not_list_is_incomplete(

@@ -120,7 +120,7 @@ def test_a_hub_that_does_not_answer_properly(
 ) -> None:
     server.add(MODEL, write_checkpoint(tmp_path / "source"))
     server.faults["/api/models/"] = fault
-    check_failure(pull(MODEL), 5, *parts)
+    check_failure(pull(MODEL, "--retries", "0"), 5, *parts)
 
 
 def test_a_login_page_in_place_of_a_file_is_not_the_hub(
@@ -128,7 +128,7 @@ def test_a_login_page_in_place_of_a_file_is_not_the_hub(
 ) -> None:
     server.add(MODEL, write_checkpoint(tmp_path / "source"))
     server.faults["/resolve/"] = Fault("html")
-    check_failure(pull(MODEL), 5, "not the Hub")
+    check_failure(pull(MODEL, "--retries", "1"), 5, "not the Hub")
 
 
 def free_port() -> int:
@@ -163,7 +163,7 @@ def test_a_hub_that_cannot_be_reached(
 def test_a_hub_that_accepts_and_says_nothing_times_out(pull: Pull) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        done = pull(MODEL, HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="1")
+        done = pull(MODEL, "--retries", "0", HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="1")
     check_failure(done, 5, "did not answer in time")
 
 
@@ -256,7 +256,6 @@ def test_a_disk_that_fills_up_keeps_the_files_that_are_complete(server: HubServe
     check_failure(done, 6, "the disk is full", "pull again")
     kept = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
     assert kept == {"config.json", "LICENSE", "tokenizer.model", "tokenizer_config.json"}
-    assert not list((tmp_path / "hf").rglob("*.incomplete"))
 
 
 def test_a_damaged_file_exits_9_with_its_name(pull: Pull, server: HubServer, tmp_path: Path) -> None:

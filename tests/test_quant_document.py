@@ -11,18 +11,20 @@ from models import random_checkpoint
 from safetensors.torch import load_file
 
 from mistralcli.weights import open_checkpoint
-from quant.card import FORMAT_VERSION
 from quant.checkpoint import COPIED_FILES, MAX_SHARD_BYTES, quantize_checkpoint
+from quant.quality import Quality
 from quant.scheme import Scheme, default_head_scheme
 from quant.schemes.affine import Affine
 from quant.schemes.float4 import Float4
 from quant.schemes.llm_int8 import LlmInt8
+from quant.staging import FORMAT_VERSION
 
 DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in DOCUMENT.split("\n## ")[1:]}
 INT4 = "int4 and int8: compressed-tensors, `pack-quantized`"
 NF4, INT8 = "nf4: bitsandbytes", "LLM.int8: bitsandbytes"
 MODULE = "model.layers.0.self_attn.q_proj"
+QUALITY = Quality("text", "0" * 64, 100, 50, 10.0, 10.1, 0.01, 0.001, 0.005, 0.04, 0.09, 0.98)
 Build = Callable[[Scheme], Path]
 
 
@@ -38,7 +40,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         source, destination = folder / "source", folder / scheme.name
         if not destination.exists():
             head = default_head_scheme(scheme)
-            quantize_checkpoint(open_checkpoint(source), source, destination, scheme, head_scheme=head)
+            quantize_checkpoint(
+                open_checkpoint(source),
+                source,
+                destination,
+                scheme,
+                head_scheme=head,
+                check=lambda _: QUALITY,
+            )
         return destination
 
     return make
@@ -98,7 +107,7 @@ def test_each_table_has_the_tensors_of_a_layer_and_their_dtypes(
 
 def fields(card: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """The full name of each value, with FILE and NAME where keys are a model's own."""
-    own = {"source.files.": "FILE", "tensors.": "NAME"}
+    own = {"source.files.": "FILE", "files.": "FILE", "tensors.": "NAME"}
     for key, value in card.items():
         name = prefix + own.get(prefix, key)
         if isinstance(value, dict):

@@ -1,8 +1,16 @@
 """Round to nearest, with a searched clip: of a few scales for each group, the one with the least error."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from quant.codes import Codes
+from quant.method import Calibration, PreparedLayer
+
+if TYPE_CHECKING:
+    from quant.scheme import Scheme
 
 RATIOS = tuple(1 - 0.05 * step for step in range(12))
 """How much of a group's range the codes cover: all of it, down to 45 %, clipping what lies beyond. The relative
@@ -11,19 +19,31 @@ from 110 % to 20 %."""
 
 
 @dataclass(frozen=True)
-class Codes:
-    """`w ≈ (codes − zeros) · scales`.
+class RoundToNearest:
+    """The method: any tensor alone, without data."""
 
-    codes: (rows, in_features) int8. scales: (rows, n_groups). zeros: (rows, n_groups) int8; None for all 0.
-    """
+    name: str = "rtn"
+    needs_data: bool = False
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    def prepare(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        schemes: Mapping[str, "Scheme"],
+        scale_dtype: torch.dtype,
+        calibration: Calibration | None,
+    ) -> PreparedLayer:
+        return PreparedLayer(weights, dict.fromkeys(schemes, round_to_nearest))
 
 
 def round_to_nearest(
-    weight: torch.Tensor, *, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+    weight: torch.Tensor,
+    *,
+    rows: slice = slice(None),
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
 ) -> Codes:
     """Codes for rows of a weight (rows, in_features) float32; `group_size` divides in_features.
 
@@ -32,19 +52,62 @@ def round_to_nearest(
     that side: with positive scales only, the 0.0917 above would be 0.0973.
     """
     groups = weight.view(weight.shape[0], -1, group_size)
+    scales, zeros = search_grid(groups, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+    return codes_of(groups, scales, zeros, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def magnitude(difference: torch.Tensor) -> torch.Tensor:
+    """The norm of each group's error: (rows, n_groups, group_size) to (rows, n_groups, 1)."""
+    norm: torch.Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+    return norm
+
+
+def search_grid(
+    groups: torch.Tensor,
+    measure: Callable[[torch.Tensor], torch.Tensor] = magnitude,
+    *,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each group, of those that cover a share of its range the ones with the least error.
+
+    groups: (rows, n_groups, group_size). measure: of differences like `groups`, (rows, n_groups, 1). Returns two
+    float32 tensors (rows, n_groups, 1).
+    """
     lowest, highest = groups.aminmax(dim=-1, keepdim=True)
     errors = torch.full_like(lowest, torch.inf)
     scales, zeros = torch.ones_like(lowest), torch.zeros_like(lowest)
     scratch = torch.empty_like(groups)
     for ratio in RATIOS:
         scale, zero = _grid(lowest * ratio, highest * ratio, bits, symmetric, scale_dtype)
-        _round(groups, scale, zero, bits, out=scratch).sub_(zero).mul_(scale).sub_(groups)
-        error = torch.linalg.vector_norm(scratch, dim=-1, keepdim=True)
+        nearest(groups, scale, zero, bits, out=scratch).sub_(zero).mul_(scale).sub_(groups)
+        error = measure(scratch)
         better = error < errors
         errors = torch.where(better, error, errors)
         scales = torch.where(better, scale, scales)
         zeros = torch.where(better, zero, zeros)
-    codes = _round(groups, scales, zeros, bits, out=scratch).to(torch.int8).flatten(1)
+    return scales, zeros
+
+
+def full_grid(
+    groups: torch.Tensor, *, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each group that cover all of its range; shapes as in `search_grid`."""
+    return _grid(*groups.aminmax(dim=-1, keepdim=True), bits, symmetric, scale_dtype)
+
+
+def codes_of(
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> Codes:
+    """The nearest codes on a grid as `search_grid` returns it."""
+    codes = nearest(groups, scales, zeros, bits).to(torch.int8).flatten(1)
     return Codes(codes, scales[..., 0].to(scale_dtype), None if symmetric else zeros[..., 0].to(torch.int8))
 
 
@@ -53,7 +116,7 @@ def _grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (as `scale_dtype` has it, never 0) and zero point of codes that cover lowest … highest, and 0."""
     q_min, q_max = -(1 << bits - 1), (1 << bits - 1) - 1
-    tiny = _smallest(scale_dtype)
+    tiny = smallest_scale(scale_dtype)
     if symmetric:
         scale = torch.where(-lowest > highest, lowest, highest) / q_min
         scale = torch.where(scale.abs() < tiny, tiny, scale).to(scale_dtype).float()
@@ -63,15 +126,20 @@ def _grid(
     return scale, (q_min - lowest / scale).round().clamp(q_min, q_max)
 
 
-def _smallest(scale_dtype: torch.dtype) -> float:
+def smallest_scale(scale_dtype: torch.dtype) -> float:
     """The least scale, with a finite reciprocal in float32: float16 needs its subnormals for weights of 1e-4."""
     info = torch.finfo(scale_dtype)
     return max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
 
 
-def _round(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, *, out: torch.Tensor
+def nearest(
+    groups: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The nearest codes, as floats: `clamp(round(w / scale + zero))`."""
-    torch.mul(groups, scale.reciprocal(), out=out)
+    out = torch.mul(groups, scale.reciprocal(), out=out)
     return out.add_(zero).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)

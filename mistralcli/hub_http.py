@@ -1,0 +1,289 @@
+"""Ranges of one file on the Hub over HTTP: where it is redirected to, what came instead of it, and whom it may be told.
+
+The client is huggingface_hub's, which has the settings of its user: proxies, certificates, hooks. Redirects are
+followed by hand, for the token goes to no other host than the Hub's.
+"""
+
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from mistralcli import __version__
+from mistralcli.errors import IntegrityError, MistralError, NetworkError
+from mistralcli.hub_errors import HubRequest, is_passing, not_the_hub, retry_after_s, translated
+from mistralcli.hub_files import RemoteFile
+
+LIBRARY = "mistral-cli"
+"""How we introduce ourselves to the Hub."""
+
+_MOST_REDIRECTS = 5
+_READ_BYTES = 1 << 20
+_SLOWEST_BYTES_PER_S = 1024
+"""A connection that brings less for a whole time-out is taken for a stalled one."""
+_EXPIRED = (400, 401, 403, 404, 410)
+"""What a host that the Hub sends to answers when the address that it was given holds no longer."""
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a failing network is borne with.
+
+    timeout_s: without data, or with hardly any, until a connection is given up. retries: failures in a row, without a
+    byte gained, that are tried again. first_wait_s, longest_wait_s: before the first of them, doubled each time.
+    """
+
+    timeout_s: float = 30.0
+    retries: int = 8
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 60.0
+    longest_asked_s: float = 600.0
+
+    def wait_s(self, failures: int, asked_s: float | None) -> float:
+        """How long to wait after so many failures in a row: at random, so that not all come back at once.
+
+        asked_s: what the server asks for (Retry-After), of which nothing is taken off.
+        """
+        wait_s = min(self.longest_wait_s, self.first_wait_s * 2.0 ** (failures - 1)) * random.uniform(0.5, 1)
+        return wait_s if asked_s is None else max(asked_s, wait_s)
+
+
+DEFAULT_PATIENCE = Patience()
+
+
+class TryAgainError(Exception):
+    """Something that may pass. `final` is what to say if it does not, `after_s` what the server asks to wait."""
+
+    def __init__(self, final: MistralError, after_s: float | None = None) -> None:
+        super().__init__(final.message)
+        self.final = final
+        self.after_s = after_s
+
+
+@contextmanager
+def failures_that_pass(request: HubRequest) -> Iterator[None]:
+    """Turn what the network raises in the block into TryAgainError, or an error of ours where trying is no use."""
+    try:
+        yield
+    except (MistralError, TryAgainError):
+        raise
+    except Exception as error:
+        ours = translated(error, request)
+        if ours is None:
+            raise
+        if is_passing(error):
+            raise TryAgainError(ours, retry_after_s(error)) from error
+        raise ours from error
+
+
+def patiently(action: Callable[[], _T], patience: Patience, on_note: Callable[[str], None]) -> _T:
+    """What `action` gives, which is called again after failures that may pass; the last one is raised."""
+    failures = 0
+    while True:
+        try:
+            return action()
+        except NetworkError as error:
+            failures += 1
+            cause = error.__cause__
+            asked_s = retry_after_s(cause) if isinstance(cause, Exception) else None
+            if failures > patience.retries or not isinstance(cause, Exception) or not is_passing(cause):
+                raise
+            if type(cause).__name__ == "ConnectError" or (asked_s or 0) > patience.longest_asked_s:
+                raise  # without a network at the very start, waiting for one is not what was asked
+            wait_s = patience.wait_s(failures, asked_s)
+            on_note(f"{error.message}; trying again in {wait_s:.0f} s")
+            time.sleep(wait_s)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a server sends: bytes of the file from `start` to `end`, in pieces as they come, or fewer."""
+
+    start: int
+    end: int
+    pieces: Iterator[bytes]
+
+
+class Remote:
+    """One file on the Hub, at one commit. Threads may open it at the same time."""
+
+    def __init__(
+        self,
+        request: HubRequest,
+        token: str | Literal[False],
+        commit: str,
+        file: RemoteFile,
+        timeout_s: float,
+    ) -> None:
+        self.request = request
+        self.file = file
+        self._token = token
+        self._timeout_s = timeout_s
+        self._url = hf_hub_url(request.model.repo_id, file.name, revision=commit, endpoint=request.endpoint)
+        self._lock = threading.Lock()
+        self._found: str | None = None
+
+    @contextmanager
+    def open(self, start: int, end: int) -> Iterator[Body]:
+        """Ask for the bytes from `start` to `end`. The answer may be all of the file: its `start` is then 0.
+
+        Raises:
+            TryAgainError: the network failed, or what came is not the file; also in the block, while it is read.
+            MistralError: trying again is no use.
+        """
+        with failures_that_pass(self.request):
+            found = self._found
+            url = found or self._url
+            for _ in range(_MOST_REDIRECTS + 1):
+                with self._ask(url, start, end) as response:
+                    if not response.is_redirect:
+                        self._accept(response, url, was_found=found is not None)
+                        yield self._body(response, start, end)
+                        return
+                    url = self._next_url(url, response.headers.get("Location", ""))
+        raise TryAgainError(
+            NetworkError(
+                f"{self.request.host} redirects more than {_MOST_REDIRECTS} times", "try again later"
+            )
+        )
+
+    def _ask(self, url: str, start: int, end: int) -> Any:
+        headers = build_hf_headers(
+            token=self._token if self._is_hub(url) else False,
+            library_name=LIBRARY,
+            library_version=__version__,
+            headers={"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
+        )
+        return get_session().stream(
+            "GET", url, headers=headers, follow_redirects=False, timeout=self._timeout_s
+        )
+
+    def _is_hub(self, url: str) -> bool:
+        return _host(url) == _host(self.request.endpoint)
+
+    def _next_url(self, url: str, location: str) -> str:
+        """Where a redirect leads: never from an encrypted connection to one that is not."""
+        target = urljoin(url, location)
+        allowed = ("https",) if urlsplit(url).scheme == "https" else ("http", "https")
+        if urlsplit(target).scheme not in allowed:
+            raise NetworkError(
+                f"{self.request.host} redirects to what is no safe address",
+                "check HF_ENDPOINT and the proxy settings",
+            )
+        return target
+
+    def _accept(self, response: Any, url: str, *, was_found: bool) -> None:
+        """Note where the file was found, or that it is there no longer, or raise for an answer that refuses."""
+        if response.status_code in (200, 206):
+            self._found = url
+            return
+        if response.status_code == 416:
+            raise TryAgainError(self._other_length())
+        if not self._is_hub(url) and response.status_code in _EXPIRED:
+            self._found = None
+            gone = NetworkError(
+                f"{self.request.host} sends to a place that refuses {self.file.name} (status {response.status_code})",
+                "pull again later",
+            )
+            raise TryAgainError(gone, 0.0 if was_found else None)
+        hf_raise_for_status(response)
+        raise TryAgainError(not_the_hub(None, self.request))
+
+    def broken_off(self, how: str) -> NetworkError:
+        """What to say of an answer that is not all that it should be."""
+        return NetworkError(f"the transfer of {self.file.name} from {self.request.host} broke off: {how}")
+
+    def _other_length(self) -> IntegrityError:
+        return IntegrityError(
+            f"{self.file.name} of {self.request.model} has another length than {self.request.host} lists",
+            "pull again: it may have changed meanwhile",
+        )
+
+    def _body(self, response: Any, start: int, end: int) -> Body:
+        """The answer's body, when its headers fit what was asked for."""
+        length = response.headers.get("Content-Length")
+        size, encoding = self.file.size_bytes, response.headers.get("Content-Encoding", "identity")
+        if response.status_code == 206:
+            first, last, total = self._content_range(response)
+            if first != start or not start < last + 1 <= end or total not in (size, None):
+                raise TryAgainError(self._wrong_range(response))
+            start, end = first, last + 1
+        elif length == str(size) or (length is None and not _is_page(response)):
+            start, end = 0, size
+        else:
+            raise TryAgainError(not_the_hub(None, self.request))
+        if encoding != "identity":
+            raise TryAgainError(not_the_hub(None, self.request))
+        return Body(start, end, self._in_time(_pieces(response, end - start, self._timeout_s)))
+
+    def _content_range(self, response: Any) -> tuple[int, int, int | None]:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None:
+            raise TryAgainError(self._wrong_range(response))
+        return int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
+
+    def _wrong_range(self, response: Any) -> NetworkError:
+        said = repr(response.headers.get("Content-Range", ""))[:80]
+        return NetworkError(
+            f"{self.request.host} sent another part of {self.file.name} than was asked for ({said})",
+            "pull again later, or check HF_ENDPOINT and the proxy settings",
+        )
+
+    def _in_time(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces, as long as they bring more than a drip."""
+        began, n_bytes = time.monotonic(), 0
+        for piece in pieces:
+            yield piece
+            n_bytes += len(piece)
+            passed_s = time.monotonic() - began
+            if passed_s >= self._timeout_s:
+                if n_bytes < _SLOWEST_BYTES_PER_S * passed_s:
+                    raise TryAgainError(self._too_slow(n_bytes, passed_s))
+                began, n_bytes = time.monotonic(), 0
+
+    def _too_slow(self, n_bytes: int, passed_s: float) -> NetworkError:
+        return NetworkError(
+            f"{self.request.host} sent {n_bytes:,} bytes of {self.file.name} in {passed_s:.0f} seconds",
+            "check the network connection, or pull again later",
+        )
+
+
+def _pieces(response: Any, n_bytes: int, timeout_s: float) -> Iterator[bytes]:
+    """The body, at most `n_bytes` of it.
+
+    The HTTP library gives 64 KiB at a time, for 1.9 s of processor time a GB. So what follows the first piece of a long
+    body is read from the connection itself, 1 MiB at a time, for 1.0 s, as curl takes: when that piece is here nothing
+    else is buffered, and a body with a length has no other bytes in between. Such a connection is not used again.
+    """
+    length = response.headers.get("Content-Length", "")
+    n_bytes = min(n_bytes, int(length)) if length.isdigit() else n_bytes
+    stream = response.extensions.get("network_stream")
+    is_plain = length.isdigit() and response.http_version == "HTTP/1.1" and stream is not None
+    for piece in response.iter_raw():
+        yield piece[:n_bytes]
+        n_bytes -= len(piece)
+        if n_bytes < 0 or (is_plain and n_bytes > _READ_BYTES):
+            break
+    while n_bytes > 0 and is_plain and (piece := stream.read(min(n_bytes, _READ_BYTES), timeout_s)):
+        yield piece
+        n_bytes -= len(piece)
+
+
+def _is_page(response: Any) -> bool:
+    return str(response.headers.get("Content-Type", "")).lower().startswith("text/html")
+
+
+def _host(url: str) -> tuple[str, str]:
+    address = urlsplit(url)
+    return address.scheme, address.netloc.rpartition("@")[2].lower()

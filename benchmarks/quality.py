@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 512
 DEMO_WINDOW = 250
 """Within the demo's sliding window of 256, which llama.cpp does not know."""
-METHODS = ("rtn", "hqq", "awq", "gptq", "awq-gptq")
+METHODS = ("rtn", "rtn-w", "hqq", "awq", "gptq", "awq-gptq")
 WITHOUT_DATA = ("int4-g128", "int4-g64", "int4-g32")
 LLAMA_KINDS = ("Q4_0", "Q4_K_M")
 
@@ -191,11 +191,11 @@ def smollm2(directory: Path, text: Path, n_tokens: int) -> Subject:
 
 
 def demo(n_tokens: int) -> Subject:
-    from training.losses import QUARTER_TOKENS, passages, texts_by_kind
+    from training.losses import passages, texts_by_kind
 
     directory = ROOT / "training" / "original"
     texts = texts_by_kind(directory / "tokenizer.model")
-    windows = torch.tensor(passages(texts, n_tokens // QUARTER_TOKENS)).view(-1, DEMO_WINDOW)
+    windows = torch.tensor(passages(texts, n_tokens // DEMO_WINDOW))[:, :DEMO_WINDOW]
     return Subject("demo", directory, windows, SELF, (128, 64, 32))
 
 
@@ -263,7 +263,7 @@ def bars(rows: Mapping[str, Row], subject: Subject) -> Iterator[str]:
     if "nf4" not in rows:
         return
     nf4 = rows["nf4"]
-    for name in (f"{method} {scheme}" for scheme in WITHOUT_DATA for method in ("rtn", "hqq")):
+    for name in (f"{method} {scheme}" for scheme in WITHOUT_DATA for method in ("rtn", "rtn-w", "hqq")):
         if name in rows:
             part, bits = rows[name].gap / nf4.gap, rows[name].bits
             yield f"- {name} ({bits:.2f} bits): {part:.0%} of nf4's gap at {nf4.bits:.2f} (asked for: at most all)."
@@ -288,7 +288,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / f"rows-{options.tokens}.json"
     rows = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
-    subjects = [demo(options.tokens), smollm2(options.smollm2, options.text, options.tokens)]
+    subjects = [smollm2(options.smollm2, options.text, options.tokens), demo(options.tokens)]
 
     def keep() -> None:
         kept.write_text(json.dumps([asdict(row) for row in rows]))

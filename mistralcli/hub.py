@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from filelock import Timeout
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # as in `hub_http`
 
 from mistralcli import __version__, stamps
 from mistralcli.config import read_config

@@ -15,7 +15,11 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its table of lazy names is not read by mypy
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from mistralcli import __version__
 from mistralcli.errors import IntegrityError, MistralError, NetworkError
@@ -270,7 +274,8 @@ def _pieces(response: Any, n_bytes: int, timeout_s: float) -> Iterator[bytes]:
     n_bytes = min(n_bytes, int(length)) if length.isdigit() else n_bytes
     stream = response.extensions.get("network_stream")
     is_plain = length.isdigit() and response.http_version == "HTTP/1.1" and stream is not None
-    for piece in response.iter_raw():
+    buffered = response.iter_raw()  # held until the end: letting go of it closes the connection
+    for piece in iter(lambda: next(buffered, b""), b""):
         yield piece[:n_bytes]
         n_bytes -= len(piece)
         if n_bytes < 0 or (is_plain and n_bytes > _READ_BYTES):

@@ -22,7 +22,7 @@ _HEADER_BYTES = 512
 _COUNTS = struct.Struct("<QQ")
 _COUNT = struct.Struct("<Q")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_LEAST_PIECE_BYTES, _LARGEST_PIECE_BYTES = 4 << 20, 64 << 20
+_LEAST_PIECE_BYTES, _LARGEST_PIECE_BYTES = 8 << 20, 64 << 20
 _PIECES = 32
 """Of about so many pieces a file is made, within those sizes: enough to share out, few enough requests."""
 

@@ -29,6 +29,7 @@ from quant.memory import PROCESS_BYTES, Peak, peak_with_data, peak_without_data
 from quant.methods.table import METHODS
 from quant.quality import Check, LeftOut, Quality
 from quant.scheme import Scheme, default_head_scheme
+from quant.schemes.affine import Affine
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,18 @@ def open_job(
     return Job(name, directory, open_model(open_checkpoint(directory), directory, hf_config), recipe, choice)
 
 
-def recipe_of(scheme: Scheme, method: str, keep: Sequence[str], target_bytes: int | None) -> Recipe:
+def default_method(scheme: Scheme) -> str:
+    """What loses least of the methods without data that take minutes (docs/quality.md)."""
+    return "rtn-w" if isinstance(scheme, Affine) and scheme.bits == 4 else "rtn"
+
+
+def recipe_of(scheme: Scheme, method: str | None, keep: Sequence[str], target_bytes: int | None) -> Recipe:
     """What a command line asks for.
 
     Raises:
         UsageError: the method is unknown, or the options do not go together.
     """
+    method = default_method(scheme) if method is None else method
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", f"choose one of {', '.join(METHODS)}")
     rules = [parse_rule(text) for text in keep]

@@ -223,7 +223,7 @@ class Stream:
             self._take(shard.data_start)
         spec = shard.specs[name]
         data = self._take(spec.nbytes)
-        if name == next(reversed(shard.specs)) and self._digest.hexdigest() != shard.file.digest:
+        if name == list(shard.specs)[-1] and self._digest.hexdigest() != shard.file.digest:
             raise DamagedShardError(shard.file, self._fetching.source.request.host)
         if not data:
             return torch.empty(spec.shape, dtype=spec.dtype)

@@ -320,7 +320,7 @@ class _Maker:
         self, writer: ShardWriter, index: int, tensors: Sequence[PlannedTensor], calibration: Calibration
     ) -> dict[str, float | None]:
         """One layer by a method with data, which then sees the next one's inputs as this one, stored, makes them."""
-        loaded = {tensor.name: self._load(tensor) for tensor in tensors}
+        loaded = {tensor.name: self._load(tensor).to(self._device) for tensor in tensors}
         schemes = {tensor.name: tensor.scheme for tensor in tensors if tensor.scheme is not None}
         prepared = self._recipe.method.prepare(index, loaded, schemes, self._model.dtype, calibration)
         weights, roundings = dict(prepared.weights), dict(prepared.roundings)

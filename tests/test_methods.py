@@ -18,6 +18,7 @@ from quant.methods.folding import Channels, best_scale, divided, folded
 from quant.methods.gptq import Factor, Gptq, gptq_codes
 from quant.methods.hqq import EXPONENT, half_quadratic
 from quant.methods.rtn import round_to_nearest
+from quant.methods.rtn_w import round_weighted
 from quant.methods.table import METHODS
 from quant.schemes.affine import Affine
 from quant.schemes.float4 import Float4
@@ -147,6 +148,7 @@ def test_a_rows_codes_do_not_depend_on_other_rows(scheme: Affine) -> None:
         lambda rows: gptq_codes(weight[rows], factor, scheme, torch.bfloat16),
         lambda rows: clipped_codes(weight[rows], moment, scheme, torch.bfloat16),
         lambda rows: half_quadratic(weight[rows], **asked(scheme, weight)),
+        lambda rows: round_weighted(weight[rows], **asked(scheme, weight)),
     ):
         assert_same(choose(some), rows_of(choose(slice(None)), some))
 
@@ -166,6 +168,20 @@ def test_hqq_has_no_group_with_a_larger_loss_than_round_to_nearest(scheme: Affin
     found = half_quadratic(weight, **asked(scheme, weight))
     assert (loss(found) <= loss(first) * (1 + 1e-4)).all()
     assert loss(found).sum() < loss(first).sum() or scheme.bits == 8
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_weighted_rounding_has_no_group_with_a_larger_weighted_error(scheme: Affine) -> None:
+    weight, _ = weights_and_inputs()
+    groups = weight.view(37, -1, scheme.group_size or 192)
+    worth = groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
+
+    def error(codes: Codes) -> torch.Tensor:
+        return ((weight - codes.dequantized()).view_as(groups).square() * worth).sum(-1)
+
+    found, first = round_weighted(weight, **asked(scheme, weight)), nearest_codes(weight, scheme)
+    assert (error(found) <= error(first) * (1 + 1e-5)).all()
+    assert error(found).sum() < error(first).sum() or scheme.bits == 8
 
 
 def test_hqq_gives_a_group_of_zeros_zeros() -> None:
@@ -353,5 +369,5 @@ def test_gptq_sees_the_inputs_that_quantized_linears_make() -> None:
 
 
 def test_methods_stand_in_the_table_under_their_names() -> None:
-    assert list(METHODS) == ["rtn", "hqq", "awq", "gptq", "awq-gptq"]
-    assert [name for name, method in METHODS.items() if not method.needs_data] == ["rtn", "hqq"]
+    assert list(METHODS) == ["rtn", "rtn-w", "hqq", "awq", "gptq", "awq-gptq"]
+    assert [name for name, method in METHODS.items() if not method.needs_data] == ["rtn", "rtn-w", "hqq"]

@@ -29,7 +29,7 @@ QUICK = Patience(timeout_s=2, retries=3, first_wait_s=0.01, longest_wait_s=0.05)
 
 
 def recipe(bits: int = 4) -> Recipe:
-    return recipe_of(parse_scheme(bits), "rtn", [], None)
+    return recipe_of(parse_scheme(bits), None, [], None)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Builds by methods that look at a text: gone on with to the same bytes, and refused where memory or a text lacks."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from test_quant_resume import contents, stop_after
 from mistralcli.calibration import LayerwiseCalibration
 from mistralcli.calibration_text import CalibrationSize, text_of_file, text_of_model
 from mistralcli.config import read_config
-from mistralcli.errors import UsageError
+from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.layerwise import LayerwiseModel
+from mistralcli.quantizing import open_job, recipe_of
 from mistralcli.tokenizer import load_tokenizer
 from quant.build_plan import Recipe, open_model, plan_build
 from quant.memory import peak_with_data
 from quant.methods.table import METHODS
-from quant.scheme import default_head_scheme
+from quant.scheme import default_head_scheme, parse_scheme
 
 CPU = torch.device("cpu")
 WITH_DATA = [method for method in METHODS.values() if method.needs_data]
@@ -107,7 +109,7 @@ def test_the_peak_with_data_is_that_of_the_formula(source: Path) -> None:
     peak = peak_with_data(plan.tensors, 1, method="gptq", n_seqs=4, n_tokens=32)
     layer = 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192 + 2 * 128)
     assert peak.layers == 2 * layer
-    assert peak.tensors == 2 * (96 * 128 * 2)
+    assert peak.tensors == 2 * (192 * 128 * 2)
     widths = (128 + 128) + 2 * (128 + 64) + (128 + 128) + 3 * (128 + 192)
     assert peak.calibration == 4 * 32 * 128 * 4 + 2048 * widths * 4 + 3 * 192**2 * 4
 
@@ -126,7 +128,6 @@ def open_model_of(source: Path) -> Any:
         (["--calib-tokens", "512"], 2, "goes with --calib"),
         (["--method", "gptq", "--calib", "self", "--calib-tokens", "5"], 2, "too few"),
         (["--method", "gptq", "--scheme", "nf4", "--calib", "self"], 2, "nf4 chooses its codes itself"),
-        (["--method", "gptq", "--calib", "self", "--max-ram", "470MB"], 7, "--calib-tokens"),
     ],
 )
 def test_calibrations_that_cannot_be_are_refused(
@@ -135,6 +136,22 @@ def test_calibrations_that_cannot_be_are_refused(
     done = mistral("quantize", tiny_model_dir, *flags, "--no-check", home=tmp_path)
     assert_one_sentence(done, code, part)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("text", ["text.txt", "self"])
+def test_memory_that_lacks_is_refused_with_a_calibration_that_would_fit(
+    text: str, tiny_model_dir: Path
+) -> None:
+    job = open_job("tiny", tiny_model_dir, recipe_of(parse_scheme(), "gptq", [], None), text)
+    limit = job.peak().total - 1
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        job.require_memory(limit, check=False)
+    found = re.search(r"--calib-tokens (\d+) would fit", str(caught.value.hint))
+    assert found is not None
+    smaller = open_job("tiny", tiny_model_dir, job.recipe, text, int(found[1]))
+    assert smaller.peak().total <= limit and int(found[1]) < 16384
+    with pytest.raises(NotEnoughMemoryError, match=r"more than the 1\.00 MB"):
+        job.require_memory(10**6, check=False)
 
 
 def test_gptq_on_a_text_of_the_model_s_own(tiny_model_dir: Path, tmp_path: Path) -> None:

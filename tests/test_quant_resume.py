@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_quant_checkpoint import SHAPE, build, run
 
 from mistralcli.checkpoint_files import Checkpoint
-from mistralcli.cli.commands.quantize import _build
+from mistralcli.cli.commands.quantize import _build, _Limits
 from mistralcli.quantizing import open_job, recipe_of
 from quant.errors import DiskError, IntegrityError, UsageError
 from quant.journal import Journal
@@ -23,6 +23,7 @@ from quant.scheme import parse_scheme
 from quant.schemes.affine import Affine
 from quant.staging import JOURNAL, can_be_resumed
 
+NO_LIMITS = _Limits(max_error=None, max_kl=None, check=False, max_ram=None)
 SMALL_SHARDS = {"max_shard_bytes": 100_000}
 
 
@@ -213,15 +214,17 @@ def test_the_command_says_how_to_go_on_and_does(
     source = Interrupted(tiny_model_dir, files, {})
     stopped = replace(job, model=replace(job.model, source=source))
     with pytest.raises(Stop):
-        _build(stopped, "tiny-int4", models / "tiny-int4", None, resume=False, force=False, quiet=False)
+        _build(stopped, "tiny-int4", models / "tiny-int4", NO_LIMITS, resume=False, force=False, quiet=False)
     assert capsys.readouterr().err.count("the same command with --resume goes on with it") == 1
     (half,) = json.loads(mistral("list", "--json", home=tmp_path).stdout)
     assert half["name"] == "tiny-int4.partial" and half["broken"] == "half-made"
-    other = mistral("quantize", tiny_model_dir, "--resume", "--keep", "lm_head=dense", home=tmp_path)
+    other = mistral(
+        "quantize", tiny_model_dir, "--resume", "--no-check", "--keep", "lm_head=dense", home=tmp_path
+    )
     assert_one_sentence(other, 2, "was begun with --keep")
-    made = mistral("quantize", tiny_model_dir, "--resume", home=tmp_path)
+    made = mistral("quantize", tiny_model_dir, "--resume", "--no-check", home=tmp_path)
     assert (made.returncode, made.stdout) == (0, "tiny-int4\n"), made.stderr
-    _build(job, "other", models / "other", None, resume=True, force=False, quiet=False)
+    _build(job, "other", models / "other", NO_LIMITS, resume=True, force=False, quiet=False)
     assert "there is no half-made other to go on with" in capsys.readouterr().err
     assert contents(models / "tiny-int4") == contents(models / "other")
 
@@ -230,6 +233,6 @@ def test_the_command_says_that_it_starts_over(tiny_model_dir: Path, tmp_path: Pa
     half = tmp_path / "data" / "mistral" / "models" / "tiny-int4.partial"
     half.mkdir(parents=True)
     (half / JOURNAL).write_text('{"scheme": "int4"}\n')
-    made = mistral("quantize", tiny_model_dir, home=tmp_path)
+    made = mistral("quantize", tiny_model_dir, "--no-check", home=tmp_path)
     assert made.returncode == 0 and "starting over: the half-made tiny-int4 is discarded" in made.stderr
     assert not half.exists()

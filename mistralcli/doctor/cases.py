@@ -101,5 +101,5 @@ def _interleaved_case(bits: int, n_tokens: int, has_zeros: bool, dtype: torch.dt
     x, qweight, scales, zeros = _matmul_case(bits, n_tokens, has_zeros, dtype)
     largest, size = (127, 1) if bits == 4 else (32767, 256)  # that many steps, of which a group has the last
     whole = torch.randint(-largest, largest + 1, x.shape, generator=_generator(0))
-    whole[..., ::128] = largest
+    whole[..., ::32] = largest
     return ((whole / size).to(dtype), interleave(qweight, scales, zeros, x.shape[-1], bits))

@@ -7,6 +7,14 @@ from quant.methods.awq import Awq, AwqGptq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import HalfQuadratic
 from quant.methods.rtn import RoundToNearest
+from quant.methods.rtn_w import WeightedRoundToNearest
 
-_ALL: tuple[Method, ...] = (RoundToNearest(), HalfQuadratic(), Awq(), Gptq(), AwqGptq())
+_ALL: tuple[Method, ...] = (
+    RoundToNearest(),
+    WeightedRoundToNearest(),
+    HalfQuadratic(),
+    Awq(),
+    Gptq(),
+    AwqGptq(),
+)
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

@@ -106,7 +106,7 @@ def _pull_quantized(model: str, token: str | None, waits: _Waits, bits: int, out
     from mistralcli.quantizing import recipe_of
     from quant.scheme import parse_scheme
 
-    recipe = recipe_of(parse_scheme(bits, None, None), "rtn", [], None)
+    recipe = recipe_of(parse_scheme(bits, None, None), None, [], None)
     name = output or f"{repository_name(model, Path(model))}-{short_name(recipe.scheme.name)}"
     with console.progress(f"pulling {model} to {recipe.scheme.name}") as update:
         report = pull_quantized(

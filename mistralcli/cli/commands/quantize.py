@@ -80,11 +80,13 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--method", help="How codes are chosen: rtn, hqq, awq, gptq or awq-gptq.", rich_help_panel=_MAKING
+            "--method",
+            help="How codes are chosen: rtn, rtn-w, hqq, awq, gptq or awq-gptq (default: rtn-w for int4, else rtn).",
+            rich_help_panel=_MAKING,
         ),
-    ] = "rtn",
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(

@@ -6,7 +6,7 @@ chooser of tokens in front of the sampler.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,19 @@ from mistralcli.engine import ChooseToken
 from mistralcli.errors import MistralError, UsageError
 from mistralcli.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 Kind = Literal["schema", "regex", "grammar"]
 
 _MARK = "\x01"
 """A character that tokenizers join with none."""
 
-_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_ONE_LINE: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 """JSON as most of it is written on one line. Where white space is free, small models go on with it for ever."""
 
 

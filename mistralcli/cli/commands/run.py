@@ -31,7 +31,8 @@ from mistralcli.cli.options import (
     utf8_text,
 )
 from mistralcli.cli.run_batch import batch_settings, require_output, run_batch
-from mistralcli.cli.run_one import Form, Overflow, Prompt, Request, answer_one
+from mistralcli.cli.run_one import Overflow, Prompt, Request, answer_one
+from mistralcli.cli.run_output import Form
 from mistralcli.cli.run_prompt import read_extras, read_grammar, read_system
 from mistralcli.errors import UsageError
 
@@ -215,7 +216,7 @@ def run(
     answers_fit = read_grammar(schema, regex, grammar)
     system = read_system(system, system_file)
     if batch is not None:
-        single = {
+        single: dict[str, object] = {
             "a prompt": prompt,
             "--file": file,
             "--raw": raw,

@@ -157,6 +157,9 @@ class LayerCache:
         """Make room for `n_slots` slots, keeping what is there. No position has wrapped while a buffer still grows."""
         missing = n_slots - self.keys.shape[2]
         if missing > 0:
+            self.n_moves += (
+                1  # before, for whoever is interrupted between the two: once too often does no harm
+            )
             # All or none: memory may run out at the second.
             self.keys, self.values, self.key_scales, self.value_scales = (
                 pad(self.keys, (0, 0, 0, missing)),
@@ -164,7 +167,6 @@ class LayerCache:
                 None if self.key_scales is None else pad(self.key_scales, (0, missing)),
                 None if self.value_scales is None else pad(self.value_scales, (0, missing)),
             )
-            self.n_moves += 1
 
     def write(self, k: torch.Tensor, v: torch.Tensor, piece: Piece) -> None:
         """Store the piece's keys and values, each (n_seqs, n_tokens, n_kv_heads, head_dim)."""
@@ -264,8 +266,12 @@ class KVCache:
         """Allocate what that many positions take, where buffers grow."""
         if self._grows:
             wanted = -(-n_positions // GROWTH_SLOTS) * GROWTH_SLOTS
-            for layer in self.layers:
-                layer.reserve(min(layer.ring.capacity, wanted))
+            with out_of_memory_as(
+                f"memory ran out with {n_positions} positions in the cache",
+                "ask for a shorter --ctx, or close other programs",
+            ):
+                for layer in self.layers:
+                    layer.reserve(min(layer.ring.capacity, wanted))
 
     def sequence(self, index: int, n_positions: int) -> "KVCache":
         """The cache of one sequence, emptied, with room for `n_positions`; the others stay as they are.

@@ -1,5 +1,6 @@
 """A model's hidden states on a text, one layer after the other: what methods with data look at (`quant.method`)."""
 
+import errno
 import hashlib
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -13,10 +14,8 @@ from torch import nn
 
 from mistralcli.errors import IntegrityError
 from mistralcli.layerwise import LayerwiseModel
+from quant.memory import BATCH_TOKENS
 from quant.method import Observe
-
-BATCH_TOKENS = 2048
-"""Tokens that go through a layer at once: of a 7B model's widest activations, 117 MB in float32."""
 
 
 class LayerwiseCalibration:
@@ -65,8 +64,11 @@ class LayerwiseCalibration:
             hidden.copy_(self._model.run_layer(layer, hidden))
 
     def save(self, path: Path) -> None:
-        """Write the hidden states, bit for bit, in safetensors' format."""
-        save_file({"hidden": self._hidden}, path, metadata={"sha256": self.description["sha256"]})
+        """Write the hidden states, bit for bit, in safetensors' format. Raises OSError where they cannot be written."""
+        try:
+            save_file({"hidden": self._hidden}, path, metadata={"sha256": self.description["sha256"]})
+        except SafetensorError as error:  # which says what the system said, in words only
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
     def restore(self, path: Path) -> None:
         """Take the hidden states that `save` wrote for the same text and model."""

@@ -8,7 +8,7 @@ import torch
 
 from mistralcli.cache import KVCache, cache_size_bytes
 from mistralcli.config import ModelConfig, read_config
-from mistralcli.errors import UsageError
+from mistralcli.errors import IntegrityError, UsageError
 from mistralcli.evaluate import text_ids
 from mistralcli.tokenizer import load_fitting_tokenizer
 from mistralcli.weights import load_model, loaded_sizes
@@ -107,6 +107,8 @@ def text_of_model(
     for position in range(size.n_tokens - 1):
         positions = torch.full((size.n_seqs, 1), position)
         logits = model.logits(model(columns[-1][:, None].to(device), positions, cache)[:, 0]).cpu()
+        if not logits.isfinite().all():
+            raise IntegrityError(f"the logits of {directory} are not finite", "it is damaged: pull it again")
         logits[:, list(config.eos_ids)] = -torch.inf
         columns.append(torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0])
         if on_progress is not None:

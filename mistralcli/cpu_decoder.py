@@ -106,7 +106,7 @@ class CpuDecoder:
         """The program for the threads that there are, and for the cache's buffers where they are now."""
         model, cache = self._model, self._cache
         self._n_threads = torch.get_num_threads()
-        self._made_for = self._circumstances()
+        made_for = self._circumstances()
         n_seqs, config = len(self._h), model.config
         n_parts = n_parts_for(n_seqs * config.n_kv_heads, cache.max_seq_len, self._n_threads)
         self._scratch = Scratch(n_seqs * config.n_heads, n_parts, config.head_dim)
@@ -125,6 +125,7 @@ class CpuDecoder:
         else:
             steps += self._products({model.output: self._logits}, self._x)
         self._program = Program(steps)
+        self._made_for = made_for  # last: what Ctrl-C interrupts is made again
 
     def _attention(
         self, name: str, block: TransformerBlock, cache: LayerCache, added: tuple[int, int] | None

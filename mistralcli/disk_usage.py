@@ -1,6 +1,7 @@
 """What this program keeps on disk, and how much that takes: models, leftovers, chats, compiled kernels."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,7 +15,6 @@ import platformdirs
 from mistralcli.errors import DiskError
 from mistralcli.hub_cache import PART_SUFFIX, cache_directory, repo_directory
 from mistralcli.inventory import StoredModel, is_ours, list_models
-from mistralcli.store import models_directory
 
 Kind = Literal["build", "pulled", "leftovers", "chats", "kernels"]
 
@@ -88,10 +88,24 @@ def _pulled(models: Iterable[StoredModel]) -> Iterator[Usage]:
 
 
 def _leftovers() -> Usage:
-    """What a process that was killed left: beside the builds, where half-made ones are listed as such; of downloads."""
+    """What downloads that were stopped left in the Hub's cache; half-made builds are listed as such."""
     parts = cache_directory().glob(f"models--*/{_PARTS}")
-    paths = tuple(sorted((*models_directory().glob(".*"), *parts)))
+    paths = tuple(sorted(part for part in parts if not _is_coming(part)))
     return Usage("leftovers", "files of interrupted commands", paths, size_bytes(paths))
+
+
+def _is_coming(part: Path) -> bool:
+    """Whether another process fetches that file now, and so has it locked."""
+    name = part.name.partition(".")[0]
+    lock = cache_directory() / ".locks" / part.parent.parent.name / f"{name}.lock"
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _chats() -> Usage:

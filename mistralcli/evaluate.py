@@ -95,6 +95,12 @@ def measure_divergence(
     on_progress: OnProgress | None = None,
 ) -> Divergence:
     """How far `model` is from `base` on a text, in windows as in `measure_perplexity`; raises what that does."""
+    sizes = (model.config.vocab_size, base.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"the two models give logits of {sizes[0]} and {sizes[1]} tokens",
+            "compare a model with a build of it",
+        )
     shorter = min(model.config, base.config, key=lambda config: config.max_seq_len)
     lengths = _lengths(shorter, window, stride)
     windows = cut_windows(len(token_ids), *lengths)

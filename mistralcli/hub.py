@@ -108,6 +108,8 @@ def pull(
     _refuse_unsupported(fetching, files[0])
     _require_space(source, files)
     if not source.snapshot.exists():  # else another tool may count on it
+        with our_errors(source.request):
+            source.snapshot.mkdir(parents=True)
         stamps.leave("pulled", source.snapshot)
     for file in files:
         _obtain(fetching, file, progress)
@@ -169,9 +171,10 @@ def find_token(flag: str | None) -> tuple[str | Literal[False], str | None]:
         source = variables[0] if variables else f"the file {constants.HF_TOKEN_PATH}"
         try:
             token = get_token()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
             raise AccessError(
-                f"the token cannot be read from {source}: {error.strerror}", "give one in HF_TOKEN"
+                f"the token cannot be read from {source}: {reason}", "give one in HF_TOKEN"
             ) from error
     if not token:
         return False, None
@@ -197,7 +200,14 @@ def _list_files(
             files = [_remote_file(sibling) for sibling in info.siblings or ()]
             gated = info.gated if isinstance(info.gated, str) else None
             return Source(request, token, _commit(info.sha), _licence(info), gated), files
-        except (AttributeError, KeyError, TypeError) as error:
+        except ImportError as error:  # which is how httpx refuses one
+            raise NetworkError(
+                "the proxy settings name a SOCKS proxy, which needs the package socksio",
+                "pip install socksio, or unset ALL_PROXY",
+            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OSError):  # requests' errors are both
+                raise
             raise not_the_hub(error, request) from error
 
 

@@ -67,7 +67,8 @@ def cache_directory() -> Path:
     get = os.environ.get
     home = get("HF_HOME") or f"{get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(os.path.expandvars(cache)).expanduser().absolute()
+    # As huggingface_hub does it: Path.expanduser raises where nobody has that name.
+    return Path(os.path.expanduser(os.path.expandvars(cache))).absolute()  # noqa: PTH111
 
 
 def repo_directory(repo_id: str) -> Path:
@@ -90,8 +91,12 @@ def snapshots(repo_id: str) -> dict[str, Path]:
 def refs(repo_id: str) -> dict[str, str]:
     """The branches and tags of a repository that the cache knows, with the commit that each was at."""
     directory = repo_directory(repo_id) / "refs"
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    return {name: path.read_text(errors="replace").strip() for name, path in sorted(files.items())}
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        with suppress(OSError):  # another user's, or gone meanwhile
+            if path.is_file():
+                found[path.relative_to(directory).as_posix()] = path.read_text(errors="replace").strip()
+    return found
 
 
 def find_snapshot(model: HubModel) -> Path | None:
@@ -117,7 +122,7 @@ def write_ref(model: HubModel, commit: str) -> None:
         return
     path = repo_directory(model.repo_id) / "refs" / revision
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = repo_directory(model.repo_id) / f"refs.{os.getpid()}.tmp"  # what lies in refs is one
     temporary.write_text(commit)
     temporary.replace(path)
 

@@ -92,8 +92,6 @@ def our_errors(request: HubRequest) -> Iterator[None]:
 
 def translated(error: Exception, request: HubRequest) -> MistralError | None:
     """The error of ours that says what `error` means for `request`, or None when it is not in the table."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # "not in the cache either": what kept the file from coming is its cause
     for kind in type(error).__mro__:
         if kind.__name__ in _TABLE:
             return _TABLE[kind.__name__](error, request)
@@ -253,7 +251,7 @@ def _broken_off(error: Exception, request: HubRequest) -> MistralError:
 
 
 def _from_os(error: Any, request: HubRequest) -> MistralError | None:
-    """Errors of the disk; and a body of the wrong length, for which huggingface_hub raises a bare OSError."""
+    """Errors of the disk."""
     if error.errno in _FULL:
         return DiskError(
             "the disk is full; what came so far was kept",
@@ -262,10 +260,6 @@ def _from_os(error: Any, request: HubRequest) -> MistralError | None:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return DiskError(
             f"{error.filename} cannot be written: {error.strerror}", "name another directory in HF_HOME"
-        )
-    if error.errno is None and "file should be of size" in str(error):
-        return IntegrityError(
-            f"a file of {request.model.repo_id} has another length than {request.host} stated", "pull again"
         )
     return None
 
@@ -278,12 +272,6 @@ _TABLE: dict[str, Callable[[Any, HubRequest], MistralError | None]] = {
     "RemoteEntryNotFoundError": _missing_file,
     "DisabledRepoError": _disabled,
     "HfHubHTTPError": _http_status,
-    "FileMetadataError": not_the_hub,
-    # hf_xet's, which raises RuntimeError for most things
-    "XetAuthenticationError": _broken_off,
-    "XetObjectNotFoundError": _missing_file,
-    "XetDownloadError": _broken_off,
-    "RuntimeError": _broken_off,
     # httpx's and httpx2's
     "ProxyError": _proxy,
     "ConnectError": _unreachable,
@@ -292,6 +280,8 @@ _TABLE: dict[str, Callable[[Any, HubRequest], MistralError | None]] = {
     "NetworkError": _broken_off,  # httpcore's, below both
     "ProtocolError": _broken_off,
     "TooManyRedirects": not_the_hub,
+    "InvalidURL": not_the_hub,
+    "DecodingError": not_the_hub,
     "JSONDecodeError": not_the_hub,
     # Python's
     "OSError": _from_os,

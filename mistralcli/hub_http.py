@@ -178,9 +178,13 @@ class Remote:
 
     def _next_url(self, url: str, location: str) -> str:
         """Where a redirect leads: never from an encrypted connection to one that is not."""
-        target = urljoin(url, location)
+        try:
+            target = urljoin(url, location)
+            scheme = urlsplit(target).scheme
+        except ValueError:
+            target = scheme = ""
         allowed = ("https",) if urlsplit(url).scheme == "https" else ("http", "https")
-        if urlsplit(target).scheme not in allowed:
+        if scheme not in allowed:
             raise NetworkError(
                 f"{self.request.host} redirects to what is no safe address",
                 "check HF_ENDPOINT and the proxy settings",
@@ -194,7 +198,8 @@ class Remote:
             return
         if response.status_code == 416:
             raise TryAgainError(self._other_length())
-        if not self._is_hub(url) and response.status_code in _EXPIRED:
+        is_elsewhere = url != self._url and (was_found or not self._is_hub(url))
+        if is_elsewhere and response.status_code in _EXPIRED:
             self._found = None
             gone = NetworkError(
                 f"{self.request.host} sends to a place that refuses {self.file.name} (status {response.status_code})",

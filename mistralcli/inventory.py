@@ -1,7 +1,10 @@
 """The models that are stored on this machine: listed, found and removed, the broken ones too."""
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +106,7 @@ def remove(model: StoredModel) -> None:
     Raises:
         DiskError: it cannot be deleted.
     """
+    _require_idle(model.path)
     try:
         if model.kind == "hub":
             _remove_pulled(model)
@@ -117,9 +121,24 @@ def remove(model: StoredModel) -> None:
     stamps.drop(model.path)
 
 
+def _require_idle(path: Path) -> None:
+    """Raise UsageError where another process is making it, and so has it locked."""
+    making = path.with_name(f"{path.name.removesuffix(PARTIAL).removesuffix('.spool')}{PARTIAL}")
+    if path.name.endswith(PARTIAL) and making.is_dir():
+        descriptor = os.open(making, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{path.name} is being made by another process", "wait for it, or stop it"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+
 def is_ours(model: StoredModel) -> bool:
     """Whether nobody else can count on it: a build, or a snapshot that we fetched into the shared cache."""
-    return model.kind == "build" or stamps.when("pulled", model.path) is not None
+    return model.kind == "build" or stamps.is_of("pulled", model.path)
 
 
 def _builds() -> Iterator[StoredModel]:
@@ -148,7 +167,7 @@ def _pulled(repo_id: str) -> Iterator[StoredModel]:
 
 def _is_of_our_kind(snapshot: Path) -> bool:
     """Whether a snapshot is a model of a kind that we run, or was to be one; other tools have theirs there as well."""
-    if (snapshot / "params.json").is_file() or stamps.when("pulled", snapshot) is not None:
+    if (snapshot / "params.json").is_file() or stamps.is_of("pulled", snapshot):
         return True
     return read_or_empty(snapshot / "config.json").get("model_type") in MODEL_TYPES
 
@@ -163,7 +182,6 @@ def _stored(
     broken: Broken | None,
     refs: tuple[str, ...] = (),
 ) -> StoredModel:
-    files = {file.resolve() for file in path.rglob("*") if file.is_file()}
     return StoredModel(
         name=name,
         kind=kind,
@@ -171,7 +189,7 @@ def _stored(
         revision=revision,
         refs=refs,
         scheme=_scheme(path),
-        size_bytes=sum(file.stat().st_size for file in files),
+        size_bytes=_size_bytes(path),
         path=path,
         modified=datetime.fromtimestamp(path.lstat().st_mtime, UTC),
         used=stamps.when("used", path),
@@ -179,14 +197,28 @@ def _stored(
     )
 
 
+def _size_bytes(directory: Path) -> int:
+    """Bytes of the files in it, each counted once; those that go meanwhile count nothing."""
+    files = set()
+    total = 0
+    for file in directory.rglob("*"):
+        with suppress(OSError):
+            if file.is_file() and (real := file.resolve()) not in files:
+                files.add(real)
+                total += real.stat().st_size
+    return total
+
+
 def _build_problem(path: Path) -> Broken | None:
     again = f"make it again with `mistral quantize`, or `mistral rm {path.name}`"
     if path.is_symlink() and not path.exists():
         return Broken(f"a link to {path.readlink()}, where nothing is", f"`mistral rm {path.name}`")
     if path.name.endswith(PARTIAL):
-        whole = path.with_name(path.name.removesuffix(PARTIAL))
-        go_on = f"go on with `mistral quantize --resume`, or `mistral rm {path.name}`"
-        return Broken("half-made", go_on if can_be_resumed(whole) else again)
+        whole = path.with_name(path.name.removesuffix(PARTIAL).removesuffix(".spool"))
+        is_pulled = whole.with_name(f"{whole.name}.spool{PARTIAL}").is_dir()
+        command = "mistral pull --quantize" if is_pulled else "mistral quantize --resume"
+        go_on = f"go on with `{command}`, or `mistral rm {path.name}`"
+        return Broken("half-made", go_on if is_pulled or can_be_resumed(whole) else again)
     if failed_its_gate(path):
         return Broken("failed its quality gate", f"make it again with more bits, or `mistral rm {path.name}`")
     problem = checkpoint_problem(path) or _config_problem(path)

@@ -73,7 +73,8 @@ def attention(
     scores: torch.Tensor = grouped @ k.float()[:, :, None].mT / math.sqrt(head_dim)
     if key_scales is not None:
         scores = scores * key_scales[:, :, None, None]
-    weights = scores.masked_fill(~seen.mask[:, None, None], -math.inf).softmax(dim=-1).nan_to_num(0.0)
+    weights = scores.masked_fill(~seen.mask[:, None, None], -math.inf).softmax(dim=-1)
+    weights = weights.masked_fill((seen.positions < 0)[:, None, None, :, None], 0.0)
     if value_scales is not None:
         weights = weights * value_scales[:, :, None, None]
     return (weights @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)

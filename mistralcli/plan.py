@@ -125,9 +125,12 @@ def plan_memory(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) 
     if demand.device_type == "cuda":
         # Chunks share their memory, captured or not, but each graph keeps its result.
         fixed += _CUDA_BYTES + (chunk + 4096) * config.dim * demand.dtype.itemsize
-    workspace = max(running, demand.loading_bytes) + fixed
     cache_dtype = demand.cache_dtype or demand.dtype
     cache = cache_size_bytes(config, ctx, n_seqs=demand.n_seqs, slack=demand.slack, dtype=cache_dtype)
+    slots = n_slots_by_layer(config, ctx, demand.slack)
+    # On the CPU the buffers of a layer grow, and are there twice for a while.
+    growing = 0 if demand.device_type == "cuda" else cache * max(slots) // sum(slots)
+    workspace = max(running, demand.loading_bytes, growing) + fixed
     return MemoryPlan(ctx, demand.weights_bytes, cache, workspace, free_bytes)
 
 
@@ -153,7 +156,8 @@ def _attention_bytes(config: ModelConfig, demand: Demand, ctx: int) -> int:
     except ImportError:
         by_kernel = False
     if by_kernel:
-        return tables + (0 if demand.device_type == "cuda" else 4 * chunk * slots)
+        # PyTorch takes a mask of bools and makes one of float32; keys and values of a head are unpacked for it.
+        return tables + (0 if demand.device_type == "cuda" else slots * (5 * chunk + 2 * 4 * config.head_dim))
     piece = min(chunk, demand.slack) if any(config.sliding_windows) else chunk
     return tables + 4 * chunk * slots + 3 * 4 * config.n_heads * piece * slots
 

@@ -13,7 +13,16 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 
 from mistralcli.config import hugging_face_config, read_config
-from mistralcli.errors import DiskError, IntegrityError, MistralError, NetworkError, UsageError
+from mistralcli.errors import (
+    AccessError,
+    DiskError,
+    IntegrityError,
+    MistralError,
+    ModelNotFoundError,
+    NetworkError,
+    QualityError,
+    UsageError,
+)
 from mistralcli.hub import Fetching, is_offline, look_up
 from mistralcli.hub_cache import blob_path, parse_hub_model
 from mistralcli.hub_files import RemoteFile, choose_files
@@ -34,10 +43,11 @@ from mistralcli.units import size_text
 from mistralcli.weights import check_tensors
 from quant.build_plan import BuildPlan, Recipe, open_model, plan_build
 from quant.checkpoint import BuildReport, quantize_checkpoint
-from quant.staging import free_bytes, partial_of
+from quant.staging import JOURNAL, can_be_resumed, free_bytes, partial_of
 
 OnProgress = Callable[[int, int], None]
 _WEIGHTS = ".safetensors"
+_OF_THE_HUB = (NetworkError, AccessError, ModelNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class _Incoming:
         return None if has_own else dict(hugging_face_config(read_config(self.place)))
 
     def stream(self) -> Stream:
-        return Stream(self.fetching, self.progress.fetched)
+        tied = read_config(self.place).tied_embeddings
+        return Stream(self.fetching, self.progress.fetched, unread=("lm_head.weight",) if tied else ())
 
     def spool(self) -> Spool:
         return Spool(self.fetching, self.place, self.progress.fetched)
@@ -111,7 +122,7 @@ def pull_quantized(
         DiskError: there is not even room for the build.
         MistralError: as `hub.pull` and `quantize_checkpoint`.
     """
-    if destination.exists() and not partial_of(destination).exists():
+    if destination.exists() and not (destination / JOURNAL).is_file():  # which one has whose end was cut off
         raise UsageError(
             f"{destination} exists already", "choose another name with -o, or remove it with `mistral rm`"
         )
@@ -126,14 +137,22 @@ def pull_quantized(
     small = [file for file in files if not file.name.endswith(_WEIGHTS)]
     for file in small:
         _have(fetching, file, place / file.name)
-    read_config(place)  # a model that does not run here is refused before its headers are asked for
+    try:
+        read_config(place)  # a model that does not run here is refused before its headers are asked for
+    except MistralError:
+        if not can_be_resumed(destination):
+            shutil.rmtree(place)
+        raise
     shards = [read_shard(fetching, file) for file in files if file not in small]
     progress = _Progress(on_progress, sum(shard.file.size_bytes for shard in shards))
     incoming = _Incoming(model, fetching, shards, recipe, destination, place, progress)
     try:
         report = _build(incoming, on_note)
-    except NetworkError as error:
+    except _OF_THE_HUB as error:
         raise _kept(error, destination) from error
+    except QualityError:
+        shutil.rmtree(place)  # the build is there, marked
+        raise
     shutil.rmtree(place)
     return report
 
@@ -192,9 +211,11 @@ def _named(error: DamagedShardError, incoming: _Incoming) -> IntegrityError:
     )
 
 
-def _kept(error: NetworkError, destination: Path) -> MistralError:
+def _kept(error: MistralError, destination: Path) -> MistralError:
+    """The same error, saying what is kept."""
     kept = f"what is done of {destination.name} is kept: the same command goes on with it"
-    return NetworkError(error.message, f"{error.hint}; {kept}" if error.hint else kept)
+    kind = next(kind for kind in _OF_THE_HUB if isinstance(error, kind))
+    return kind(error.message, f"{error.hint}; {kept}" if error.hint else kept)
 
 
 def _taken(directory: Path) -> int:

@@ -25,7 +25,14 @@ from mistralcli.weights import open_checkpoint
 from quant.build_plan import BuildPlan, Model, Recipe, open_model, plan_build
 from quant.checkpoint import BuildReport, OnProgress, decided_plan, quantize_checkpoint
 from quant.keep import parse_rule
-from quant.memory import PROCESS_BYTES, Peak, peak_with_data, peak_without_data
+from quant.memory import (
+    PROCESS_BYTES,
+    Peak,
+    hidden_bytes,
+    out_of_memory_as,
+    peak_with_data,
+    peak_without_data,
+)
 from quant.methods.table import METHODS
 from quant.quality import Check, LeftOut, Quality
 from quant.scheme import Scheme, default_head_scheme
@@ -66,7 +73,17 @@ class Job:
         peak = peak_of(self.plan(), self.recipe.method.name, None if choice is None else choice.size)
         if choice is not None and choice.text == SELF:
             peak = replace(peak, sampling=PROCESS_BYTES + sampling_bytes(self.directory, choice.size))
-        return replace(peak, check=PROCESS_BYTES + needed_bytes(self.directory)) if check else peak
+        checking = PROCESS_BYTES + needed_bytes(self.directory) + self._held_bytes()
+        return replace(peak, check=checking) if check else peak
+
+    def _held_bytes(self) -> int:
+        """A calibration's hidden states, which are still there while the build is checked."""
+        choice = self.calibration
+        return (
+            0
+            if choice is None
+            else hidden_bytes(self.plan().tensors, choice.size.n_seqs * choice.size.n_tokens)
+        )
 
     def require_memory(self, max_bytes: int, *, check: bool) -> None:
         """NotEnoughMemoryError where it may take more than `max_bytes`; the hint says what would fit."""
@@ -138,8 +155,15 @@ class Job:
         """The hidden states before the first layer; a text that the model writes is shown as of its bytes."""
         if self.calibration is None:
             return None
-        size, total = self.calibration.size, self.model.source.hash_bytes()
-        if self.calibration.text == SELF:
+        with out_of_memory_as(
+            "memory ran out while the text to calibrate on was made",
+            "name a text with --calib FILE, or fewer --calib-tokens",
+        ):
+            return self._calibrated(self.calibration, on_progress)
+
+    def _calibrated(self, choice: CalibrationChoice, on_progress: OnProgress) -> LayerwiseCalibration:
+        size, total = choice.size, self.model.source.hash_bytes()
+        if choice.text == SELF:
             text = text_of_model(
                 self.directory,
                 size,
@@ -147,14 +171,19 @@ class Job:
                 lambda done, steps: on_progress(total * done // steps, total),
             )
         else:
-            text = text_of_file(self.directory, Path(self.calibration.text), size)
+            text = text_of_file(self.directory, Path(choice.text), size)
         model = LayerwiseModel(self.directory, device=self._device())
         return LayerwiseCalibration(model, text.token_ids, text.name)
 
     def _check(self, max_bytes: int | None, on_progress: OnProgress) -> Check:
         """Compares the build with its source; its progress is shown as of the bytes that were read of that."""
         total = self.model.source.hash_bytes()
-        room = None if max_bytes is None else max(0, max_bytes - PROCESS_BYTES)
+        on_host = self._device().type == "cpu"  # a GPU's memory is not what --max-ram limits
+        room = (
+            max(0, max_bytes - PROCESS_BYTES - self._held_bytes())
+            if max_bytes is not None and on_host
+            else None
+        )
 
         def check(directory: Path) -> Quality | LeftOut:
             return check_build(

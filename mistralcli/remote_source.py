@@ -8,7 +8,7 @@ one unit, behind the last; what stops it before starts that shard again.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -210,9 +210,11 @@ class Spool:
 class Stream:
     """Shards through memory, a tensor at a time."""
 
-    def __init__(self, fetching: Fetching, on_bytes: OnBytes) -> None:
+    def __init__(self, fetching: Fetching, on_bytes: OnBytes, unread: Collection[str] = ()) -> None:
+        """`unread`: tensors that nobody will ask for, such as a head that the embedding stands in for."""
         self._fetching = fetching
         self._on_bytes = on_bytes
+        self._unread = frozenset(unread)
         self._current: RemoteFile | None = None
 
     def read(self, shard: Shard, name: str) -> torch.Tensor:
@@ -220,11 +222,18 @@ class Stream:
         if self._current != shard.file:
             self._current, self._digest = shard.file, shard.file.new_hash()
             self._pieces, self._rest = self._receive(shard.file), memoryview(b"")
+            self._coming = iter(shard.specs)
             self._take(shard.data_start)
         spec = shard.specs[name]
-        data = self._take(spec.nbytes)
-        if name == list(shard.specs)[-1] and self._digest.hexdigest() != shard.file.digest:
-            raise DamagedShardError(shard.file, self._fetching.source.request.host)
+        for passed in self._coming:
+            data = self._take(shard.specs[passed].nbytes)
+            if passed == name:
+                break
+        if name == [one for one in shard.specs if one not in self._unread][-1]:
+            for rest in self._coming:
+                self._take(shard.specs[rest].nbytes)
+            if self._digest.hexdigest() != shard.file.digest:
+                raise DamagedShardError(shard.file, self._fetching.source.request.host)
         if not data:
             return torch.empty(spec.shape, dtype=spec.dtype)
         return torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)
@@ -234,7 +243,11 @@ class Stream:
         data, filled = bytearray(n_bytes), 0
         while filled < n_bytes:
             if not self._rest:
-                self._rest = memoryview(next(self._pieces))
+                try:
+                    self._rest = memoryview(next(self._pieces))
+                except IntegrityError as error:  # of another length than listed, or gone
+                    assert self._current is not None
+                    raise DamagedShardError(self._current, self._fetching.source.request.host) from error
             piece = self._rest[: n_bytes - filled]
             data[filled : filled + len(piece)] = piece
             filled, self._rest = filled + len(piece), self._rest[len(piece) :]

@@ -75,7 +75,8 @@ class Sampler:
 def not_a_number() -> IntegrityError:
     """What is raised where no token can be chosen."""
     return IntegrityError(
-        "the model's output is not a number", "its weights may be damaged, or try --dtype float32"
+        "the model's output is not a number",
+        "its weights may be damaged, or its values too large: try --dtype float32 --kv float32",
     )
 
 

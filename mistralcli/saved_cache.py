@@ -1,7 +1,7 @@
 """What a cache holds, in a file: a long prompt that many runs begin with is computed once.
 
 A safetensors file: `token_ids`, and for each layer the slots in use of its keys and values, with their scales where
-they are int8. Its metadata names the model by a digest, so that it is never used with another.
+they are int8. Its metadata names the model by a digest, so that it is not used with another.
 """
 
 import hashlib
@@ -21,10 +21,14 @@ from quant.files import STEMS, weight_files
 
 FORMAT = "mistral-cache-1"
 _SAMPLE_BYTES = 1 << 20
+_SAMPLE_EVERY_BYTES = 16 << 20
 
 
 def model_digest(directory: Path) -> str:
-    """A digest of a model: its configuration, and of its weights' files the sizes, beginnings and ends."""
+    """A digest of a model: its configuration, and of its weights' files the sizes, both ends and a page in every 16 MB.
+
+    Reading all of a 7B would take as long as the prompt; two trainings differ everywhere.
+    """
     digest = hashlib.sha256()
     for name in ("config.json", "params.json"):
         if (directory / name).is_file():
@@ -33,6 +37,9 @@ def model_digest(directory: Path) -> str:
         with (directory / name).open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             digest.update(f"{name} {size_bytes}\n".encode() + file.read(_SAMPLE_BYTES))
+            for start in range(_SAMPLE_BYTES, size_bytes, _SAMPLE_EVERY_BYTES):
+                file.seek(start)
+                digest.update(file.read(4096))
             file.seek(max(0, size_bytes - _SAMPLE_BYTES))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
@@ -57,8 +64,9 @@ def save_cache(path: Path, engine: Engine, digest: str) -> None:
         save_file(tensors, partial, metadata)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise DiskError(f"{path} cannot be written: {error}", "name a file on a disk with room") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_cache(path: Path, engine: Engine, digest: str, token_ids: Sequence[int]) -> None:
@@ -77,10 +85,12 @@ def load_cache(path: Path, engine: Engine, digest: str, token_ids: Sequence[int]
             if about.get("model") != digest:
                 raise UsageError(f"{path} is of another model", other)
             saved_ids = file.get_tensor("token_ids").tolist()
+            if not isinstance(saved_ids, list) or not saved_ids:
+                raise IntegrityError(f"{path} is no saved cache", other)
             if saved_ids != list(token_ids[: len(saved_ids)]):
                 raise UsageError(f"{path} is of another text than this prompt begins with", other)
             _fill(engine, file, saved_ids, json.loads(about.get("capacities", "[]")), path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise IntegrityError(f"{path} is no saved cache: {error}", other) from error
 
 

@@ -98,6 +98,7 @@ def score_tokens(
         for batch, *states in zip(chosen, *hidden, strict=True):
             found += _batch_scores(ids, batch, heads, states, score)
             progress.advance(head_steps)
+        del hidden, heads, batch, states  # or the next pass would stand beside this one
     return torch.cat(found, dim=1)
 
 

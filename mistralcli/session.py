@@ -211,9 +211,12 @@ class Session:
         engine: Engine,
         plan: MemoryPlan,
         load_s: float,
+        *,
+        exact: bool = False,
     ) -> None:
         self.name = name
         self.directory = directory
+        self.exact = exact
         self.tokenizer = tokenizer
         self.engine = engine
         self.plan = plan
@@ -222,6 +225,11 @@ class Session:
     @property
     def config(self) -> ModelConfig:
         return self.engine.model.config
+
+    @property
+    def computing(self) -> str:
+        """What keys and values depend on beside model and ids: the type, and whether activations are rounded."""
+        return f"{self.engine.model.dtype}{' exact' if self.exact else ''}"
 
     @property
     def max_seq_len(self) -> int:
@@ -338,7 +346,8 @@ def open_session(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what was used to load and to join
         _check_limit(device, options.memory_limit)
-    return Session(name or directory.name, directory, tokenizer, engine, plan, time.perf_counter() - started)
+    load_s = time.perf_counter() - started
+    return Session(name or directory.name, directory, tokenizer, engine, plan, load_s, exact=options.exact)
 
 
 def demand_under(options: SessionOptions, directory: Path, device: torch.device, room_bytes: int) -> Demand:

@@ -78,7 +78,8 @@ def nearest_project_file() -> Path | None:
     except OSError:  # which somebody has removed
         return None
     candidates = (directory / PROJECT_FILE for directory in (here, *here.parents))
-    return next((path for path in candidates if path.is_file()), None)
+    # Path.is_file raises where a directory may not be searched.
+    return next((path for path in candidates if os.path.isfile(path)), None)  # noqa: PTH113
 
 
 def is_own(path: Path) -> bool:

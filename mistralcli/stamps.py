@@ -1,6 +1,6 @@
 """Small files in the state directory that say when something happened to a model: it was used, or we pulled it.
 
-    mistral/used/DIGEST      its time is that of the last use; in it is the model's directory
+    mistral/used/DIGEST      its time is that of the last use; in it are the model's directory and its number
     mistral/pulled/DIGEST    the same for a snapshot of the Hub's cache that we fetched, which other tools share
 
 Where they cannot be written, nothing is recorded, and nothing else changes.
@@ -23,7 +23,7 @@ def leave(kind: Kind, directory: Path) -> None:
     stamp = _stamp(kind, directory)
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stamp.write_text(f"{directory.absolute()}\n", errors="surrogateescape")
+        stamp.write_text(f"{directory.absolute()}\n{_number(directory)}\n", errors="surrogateescape")
 
 
 def when(kind: Kind, directory: Path) -> datetime | None:
@@ -32,6 +32,20 @@ def when(kind: Kind, directory: Path) -> datetime | None:
         return datetime.fromtimestamp(_stamp(kind, directory).stat().st_mtime, UTC)
     except OSError:
         return None
+
+
+def is_of(kind: Kind, directory: Path) -> bool:
+    """Whether it happened to this very directory, and not to one that had its name before."""
+    try:
+        said = _stamp(kind, directory).read_text(errors="surrogateescape").splitlines()
+        return len(said) > 1 and said[1] == _number(directory)
+    except OSError:
+        return False
+
+
+def _number(directory: Path) -> str:
+    """What the file system knows a directory by; it may use the number again when that is gone."""
+    return str(directory.stat().st_ino) if directory.exists() else ""
 
 
 def drop(directory: Path) -> None:

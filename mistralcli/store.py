@@ -134,8 +134,10 @@ def alias_target(name: str, model: str) -> str:
         raise UsageError(f"{name!r} cannot be an alias", "use letters, digits, dots, dashes and underscores")
     if is_taken(name):
         raise UsageError(f"{name} is the name of a model that is here", "choose another name for the alias")
-    if is_path(model) and (Path(model).expanduser().is_dir() or as_hub_model(model) is None):
-        return os.path.abspath(Path(model).expanduser())  # noqa: PTH100  resolve() would follow links
+    # Path.expanduser raises where nobody has that name, and resolve() would follow links.
+    path = os.path.abspath(os.path.expanduser(model))  # noqa: PTH100, PTH111
+    if is_path(model) and (Path(path).is_dir() or as_hub_model(model) is None):
+        return path
     if as_hub_model(model) is None:
         raise UsageError(f"{model!r} is no model's name", "name a Hub id, a build, an alias or a directory")
     if name in known_as(model):

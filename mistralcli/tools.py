@@ -14,6 +14,7 @@ from typing import Any
 from mistralcli.errors import QualityError, UsageError
 from mistralcli.tokenizer import Tokenizer
 
+_FRAMES = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -55,7 +56,7 @@ def parse_calls(token_ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, li
         QualityError: a call cannot be read.
     """
     segments = list(_segments(token_ids, tokenizer))
-    text = "".join(text for name, text in segments if name in (None, "[/TOOL_CALLS]"))
+    text = "".join(text for name, text in segments if name not in _FRAMES)
     calls = list(_framed(segments))
     for tagged in _TAGGED.findall(text):
         calls += _from_json(tagged)
@@ -82,11 +83,16 @@ def _framed(segments: Sequence[tuple[str | None, str]]) -> Iterator[ToolCall]:
         if control == "[TOOL_CALLS]" and text.lstrip().startswith(("[", "{")):
             yield from _from_json(text)
         elif control == "[TOOL_CALLS]":
+            if name:
+                raise _unreadable(name)
             name, call_id = text.strip(), None
         elif control == "[CALL_ID]":
             call_id = text.strip()
         elif control == "[ARGS]":
             yield ToolCall(name, _arguments(text), call_id)
+            name = ""
+    if name:  # it was cut off before its arguments
+        raise _unreadable(name)
 
 
 def _from_json(text: str) -> list[ToolCall]:

@@ -104,7 +104,7 @@ def _recorded(directory: Path, card: Mapping[str, Any] | None) -> tuple[str | No
             RemoteFile(str(name), int(file["size_bytes"]), str(file["sha256"]))
             for name, file in card["files"].items()
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise IntegrityError(
             f"{directory / CARD} has hashes of files in a form that is not known: {error}"
         ) from error

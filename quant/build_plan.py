@@ -1,7 +1,6 @@
 """What a build will hold and how large it will be, before anything is written: from shapes alone."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,11 +170,6 @@ def adjustable(model: Model, recipe: Recipe) -> list[str]:
     """The modules whose bits a target size decides: the layers' linears that no rule speaks of."""
     ruled = exceptions(recipe.keep, model.linears(), recipe.scheme)
     return [module for module in model.linears() if module != HEAD and module not in ruled]
-
-
-def count_schemes(planned: Sequence[PlannedTensor]) -> dict[str, int]:
-    """How many tensors are stored in each scheme, the most frequent first."""
-    return dict(Counter(tensor.scheme.name for tensor in planned if tensor.scheme is not None).most_common())
 
 
 def _quantized_config(model: Model, planned: Sequence[PlannedTensor]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`quantization_card.json`: where a build comes from, what was done to it, and what was lost."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from quant.build_plan import Recipe
@@ -23,6 +23,12 @@ class Gate:
     worst_error: float
     max_kl: float
     kl: float | None = None
+
+    @staticmethod
+    def of_card(card: Mapping[str, Any]) -> "Gate":
+        """The verdict that a build's card has."""
+        names = (field.name for field in fields(Gate))
+        return Gate(**{name: card["gate"][name] for name in names if name in card["gate"]})
 
     @property
     def errors_passed(self) -> bool:

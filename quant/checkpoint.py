@@ -126,6 +126,9 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     if resume and finish_renamed(destination):
+        verdict = Gate.of_card(read_json(destination / CARD))
+        if not verdict.passed:
+            raise _gate_failed(verdict, f"{destination} is marked as failed")
         return _report(destination, started)
     model = open_model(source, source_dir, config)
     recipe = Recipe(scheme, head_scheme, method or RoundToNearest(), keep, target_bytes, max_shard_bytes)
@@ -135,7 +138,6 @@ def quantize_checkpoint(
     limit = scheme.max_error if max_error is None else max_error
     most_kl = default_max_kl(scheme) if max_kl is None else max_kl
     settings = _settings(model, recipe, calibration, limit, device) | {
-        "--check": check is not None,
         "--max-kl": most_kl,
         "name": source_name,
         "revision": revision,
@@ -176,7 +178,9 @@ def _judged(verdict: Gate, check: Check | None, directory: Path) -> tuple[Gate, 
     if not verdict.errors_passed:
         return verdict, LeftOut("a tensor's error is above its limit")
     quality = check(directory)
-    return (verdict if isinstance(quality, LeftOut) else replace(verdict, kl=quality.kl_mean)), quality
+    if isinstance(quality, LeftOut):
+        return verdict, quality
+    return replace(verdict, kl=quality.for_card()["kl"]["mean"]), quality
 
 
 def decided_plan(
@@ -215,7 +219,9 @@ def _settings(
         program = version("mistral-cli")
     except PackageNotFoundError:
         program = "unknown"
-    sums = {"threads": torch.get_num_threads()} if calibration is not None else {}
+    is_on_gpu = device is not None and device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if is_on_gpu else torch.backends.cpu.get_cpu_capability()
+    sums = {"threads": torch.get_num_threads(), "machine": machine} if calibration is not None else {}
     return {
         "source": dict(model.source.fingerprint()),
         "configuration": dict(model.config),

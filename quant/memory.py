@@ -18,7 +18,7 @@ BITSANDBYTES_BYTES = 256 << 20
 TILE_BYTES = 16 << 20
 """What a thread takes at most while it works on a tile of `TILE_WEIGHTS` weights."""
 BATCH_TOKENS = 2048
-"""Of a calibration's text, that go through a layer at once."""
+"""Of a calibration's text, that go through a layer at once: of a 7B's widest activations, 117 MB in float32."""
 
 _WORK_BYTES = 4
 """Of a number in float32, in which layers are computed."""
@@ -31,7 +31,7 @@ class Peak:
     process: the program itself, and the tiles of its threads. tensors: at most the two largest, as they are read and as
     they are stored. layers: two of the largest, in float32. calibration: hidden states, activations of a batch, and
     what the method gathers. sampling, check: what it takes in all to have the model write a text before, and what
-    the check takes after, when the others are not there.
+    the check takes after, the hidden states still there.
     """
 
     process: int
@@ -61,17 +61,21 @@ def peak_with_data(
     k · in² · 4
     for the second moment of the widest inputs: k is 3 for gptq, which copies and factors it, else 1.
     """
-    linears = [tensor for tensor in planned if tensor.scheme is not None]
     in_layers = [unit.tensors for unit in units_by_layer(planned) if unit.index is not None]
     layer = max(sum(tensor.n_weights for tensor in tensors) for tensors in in_layers) * _WORK_BYTES
     largest = sorted(tensor.spec.nbytes for tensor in planned)[-2:]
-    dim = min(tensor.spec.shape[-1] for tensor in linears)
     widths = max(sum(sum(t.spec.shape) for t in tensors if t.scheme is not None) for tensors in in_layers)
-    hidden = n_seqs * n_tokens * dim * _WORK_BYTES
+    hidden = hidden_bytes(planned, n_seqs * n_tokens)
     activations = max(BATCH_TOKENS, n_tokens) * widths * _WORK_BYTES
     widest = max(tensor.spec.shape[-1] for tensors in in_layers for tensor in tensors if tensor.scheme)
     gathered = (3 if method.endswith("gptq") else 1) * widest**2 * _WORK_BYTES
     return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, hidden + activations + gathered)
+
+
+def hidden_bytes(planned: Sequence[PlannedTensor], n_tokens: int) -> int:
+    """Hidden states of a calibration's text."""
+    dim = next(tensor.spec.shape[-1] for tensor in planned if tensor.name == "model.embed_tokens.weight")
+    return n_tokens * dim * _WORK_BYTES
 
 
 def _process_bytes(planned: Sequence[PlannedTensor], n_threads: int) -> int:

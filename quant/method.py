@@ -34,7 +34,7 @@ class Rounding(Protocol):
         symmetric: bool,
         scale_dtype: torch.dtype,
     ) -> Codes:
-        """Codes, on the CPU, for `weight` (rows, in_features) float32, which are `rows` of the whole tensor.
+        """Codes, on its device or the CPU, for `weight` (rows, in_features) float32: `rows` of the whole tensor.
 
         `group_size` divides in_features. Scales are of `scale_dtype` already, so codes are chosen for what is
         stored. Called from several threads at once.

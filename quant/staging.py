@@ -20,8 +20,8 @@ FORMAT_VERSION = 1
 JOURNAL = "journal.jsonl"
 """What of a half-made build is done (`quant.journal`); a build that is complete loses it last of all."""
 
-_PASSING_CODES = (5, DiskError.exit_code, NotEnoughMemoryError.exit_code)
-"""Of errors that leave what is done as good as it was; 5 is the network's, which is not known here by its class."""
+_PASSING_CODES = (3, 4, 5, DiskError.exit_code, NotEnoughMemoryError.exit_code)
+"""Of errors that leave what is done as good as it was; 3 to 5 are the Hub's, whose classes are not known here."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -38,6 +38,9 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool, resume: bool 
         UsageError: the destination exists, and `replace` is off or it is no build; or another process is making it.
         DiskError: there is no room for `needed_bytes`, or something cannot be written or read.
     """
+    if not destination.exists() and _replaced(destination).is_dir():
+        # Another process was killed before the new one took its place.
+        _replaced(destination).rename(destination)
     is_build = (destination / CARD).is_file()
     if destination.exists() and not (replace and is_build):
         what, hint = ("", ", or replace it with --force") if is_build else (" and is not a build", "")
@@ -46,7 +49,7 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool, resume: bool 
     with _disk_errors(destination, needed_bytes), _claimed(partial, destination):
         try:
             if not (resume and (partial / JOURNAL).is_file()):
-                _empty(partial)
+                _empty(partial)  # the journal first: it must not outlive what it tells of
             shutil.rmtree(_replaced(destination), ignore_errors=True)
             if free_bytes(partial) + _size_bytes(partial) < needed_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -54,6 +57,7 @@ def staged(destination: Path, *, needed_bytes: int, replace: bool, resume: bool 
             _put_in_place(partial, destination)
         except BaseException as error:
             if not (_is_worth_resuming(error) and (partial / JOURNAL).is_file()):
+                (partial / JOURNAL).unlink(missing_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -86,6 +90,7 @@ def _is_worth_resuming(error: BaseException) -> bool:
 
 
 def _empty(directory: Path) -> None:
+    (directory / JOURNAL).unlink(missing_ok=True)
     for leftover in directory.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

@@ -143,7 +143,11 @@ def test_every_operator_has_cases() -> None:
 
 @pytest.mark.parametrize("wrong", ["2 * out", "out * float('nan')"])
 def test_a_kernel_that_is_wrong_is_a_problem(wrong: str, own_installation: Path, tmp_path: Path) -> None:
-    edit(own_installation / "mistralcli/kernels/sdpa.py", "out.nan_to_num(0.0)", wrong)
+    edit(
+        own_installation / "mistralcli/kernels/sdpa.py",
+        "out.masked_fill((seen.positions < 0)[:, None, :, None], 0.0)",
+        wrong,
+    )
     found = doctor(own_installation, tmp_path, "--offline")
     assert found["attention (cpu)"]["status"] == found["demo (cpu)"]["status"] == "problem"
     assert "MISTRAL_CLI_KERNELS=reference" in found["attention (cpu)"]["hint"]

@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mistralcli.units import size_text
 
@@ -47,11 +47,16 @@ class _Values:
 
     def number(self, name: str) -> float | None:
         found = self._at(name)
-        return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+        return found if _is_number(found) else None
 
     def table(self, name: str) -> Mapping[str, Any]:
         found = self._at(name)
         return found if isinstance(found, dict) else {}
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that can be written: JSON also has NaN, Infinity and integers without end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _after(separator: str, text: str) -> str:
@@ -113,7 +118,7 @@ def _errors(values: _Values, each_tensor: bool) -> Rows:
     found: dict[str, list[float]] = defaultdict(list)
     for tensor, entry in values.table("tensors").items():
         error = entry.get("relative_error") if isinstance(entry, dict) else None
-        if isinstance(error, int | float):
+        if _is_number(error):
             name = tensor if each_tensor else tensor.removesuffix(".weight").rpartition(".")[2]
             found[name].append(float(error))
     return [(f"error of {name}", _spread(errors)) for name, errors in found.items()]

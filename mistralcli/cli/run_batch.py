@@ -62,7 +62,19 @@ def batch_settings(
 ) -> Settings:
     """What the flags say. Without --seed it is 0, so that a run that goes on gives what it would have given."""
     params = params if params.seed is not None else replace(params, seed=0)
-    said = (model, options.dtype, options.exact, options.kv, params, system, max_tokens, tuple(stop), grammar)
+    said = (
+        model,
+        options.ctx,
+        options.device,
+        options.dtype,
+        options.exact,
+        options.kv,
+        params,
+        system,
+        max_tokens,
+        tuple(stop),
+        grammar,
+    )
     return Settings(params, system, max_tokens, tuple(stop), grammar, repr(said))
 
 
@@ -115,7 +127,10 @@ def answer_lines(
     if done and not quiet:
         console.note(f"going on: {len(done)} of {len(lines)} lines are answered in {partial}")
     left = [line for line in lines if line.digest not in done]
-    with partial.open("a", encoding="utf-8") as file, console.steps("answering", quiet=quiet) as update:
+    with (
+        partial.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        console.steps("answering", quiet=quiet) as update,
+    ):
 
         def keep(line: Line, answer: dict[str, Any]) -> None:
             file.write(json.dumps({"digest": line.digest} | answer, ensure_ascii=False) + "\n")
@@ -138,14 +153,15 @@ def _publish(lines: Sequence[Line], done: dict[str, dict[str, Any]], partial: Pa
     """Write the output in order, and drop the partial one."""
     ordered = [done[line.digest] for line in lines]
     whole = output.with_name(output.name + ".whole")
-    whole.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in ordered), encoding="utf-8")
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in ordered)
+    whole.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON writes half of a pair
     whole.replace(output)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     return sum("error" in one for one in ordered)
 
 
 def _finished(partial: Path, digests: set[str]) -> dict[str, dict[str, Any]]:
-    """What an earlier run kept of these lines. A line that it was killed in the midst of is cut off."""
+    """The answers that an earlier run kept, not its errors. A line that it was killed in the midst of is cut off."""
     if not partial.exists():
         return {}
     content = partial.read_bytes()
@@ -154,11 +170,11 @@ def _finished(partial: Path, digests: set[str]) -> dict[str, dict[str, Any]]:
         with partial.open("r+b") as file:
             file.truncate(len(whole))
     found = {}
-    for line in whole.decode("utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
+    for line in whole.decode("utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
             answer = json.loads(line)
             found[answer.pop("digest")] = answer
-    return {digest: answer for digest, answer in found.items() if digest in digests}
+    return {digest: answer for digest, answer in found.items() if digest in digests and "error" not in answer}
 
 
 class _Asked:
@@ -193,10 +209,11 @@ class _Asked:
         settings, asked = self._settings, _read(line.text)
         seed = asked.get("seed", ((settings.params.seed or 0) + line.index) % 2**63)
         temperature = asked.get("temperature", settings.params.temperature)
-        try:
-            params = replace(settings.params, seed=seed, temperature=temperature)
-        except TypeError:
-            raise UsageError("seed and temperature must be numbers") from None
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}; it must be a whole number")
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+            raise UsageError(f"temperature is {temperature!r}; it must be a number")
+        params = replace(settings.params, seed=seed, temperature=temperature)
         max_tokens = _max_tokens(asked.get("max_tokens", settings.max_tokens))
         stop = (*settings.stop, *_texts(asked.get("stop", ())))
         token_ids = self._session.tokenizer.encode_chat(_conversation(asked, settings.system))

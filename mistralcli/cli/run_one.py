@@ -110,15 +110,17 @@ def use_prefix(session: "Session", prompt: Prompt, token_ids: list[int], path: P
     """
     from mistralcli.saved_cache import load_cache, model_digest, save_cache
 
-    digest = model_digest(session.directory)
+    digest = f"{model_digest(session.directory)} {session.computing}"
     if path.exists():
         return load_cache(path, session.engine, digest, token_ids)
-    others = [prompt.ids(session, text) for text in ("a", "1")]  # which no text that begins in common is
+    if prompt.system is None:
+        raise UsageError("--prefix-cache keeps the system prompt, and there is none", "give --system-file")
+    others = [prompt.ids(session, text) for text in ("a", "1")]  # no text begins with both
     n_shared = next(
         (i for i, ids in enumerate(zip(token_ids, *others, strict=False)) if len(set(ids)) > 1), 0
     )
-    if prompt.system is None or n_shared < 2:
-        raise UsageError("--prefix-cache keeps the system prompt, and there is none", "give --system-file")
+    if n_shared < 2:
+        raise UsageError("this model's chat format puts nothing before the text", "leave --prefix-cache out")
     session.engine.fill(token_ids[:n_shared])
     return save_cache(path, session.engine, digest)
 

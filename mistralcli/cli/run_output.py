@@ -51,7 +51,7 @@ def print_answer(
         whole = as_dict(session, completion) | {"text": text}
         if with_tools:
             whole["tool_calls"] = [asdict(call) for call in calls]
-        if logprobs is not None and form == "json":
+        if logprobs is not None:
             whole["logprobs"] = [_as_json(session, one) for one in logprobs[: len(completion.token_ids)]]
         _print_json(whole)
     elif console.is_terminal(sys.stdout):

@@ -51,7 +51,8 @@ def _of_few() -> ModuleType | None:
 
 def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> torch.Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask[:, None], enable_gqa=True)
-    return out.nan_to_num(0.0)
+    # Padding sees nothing; any other NaN is of the model, and must show.
+    return out.masked_fill((seen.positions < 0)[:, None, :, None], 0.0)
 
 
 def _unpacked(x: torch.Tensor, scales: torch.Tensor | None, head: int, dtype: torch.dtype) -> torch.Tensor:

@@ -72,7 +72,8 @@ class Factor:
     def of(moment: torch.Tensor, damping: float) -> "Factor":
         """Of `moment` with `damping` of its diagonal's mean added to that; more, where it has no factor with that.
 
-        A column that is never used gets a 1 there. At most two matrices of its size are in memory beside `moment`.
+        A column that is never used gets that mean there, or a 1. At most two matrices of its size are in memory
+        beside `moment`.
         """
         diagonal = moment.diagonal().clone()
         order = diagonal.argsort(stable=True)

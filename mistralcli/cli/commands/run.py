@@ -217,7 +217,7 @@ def run(
     system = read_system(system, system_file)
     if batch is not None:
         single: dict[str, object] = {
-            "a prompt": prompt,
+            "a prompt": prompt is not None,
             "--file": file,
             "--raw": raw,
             "--fim": fim,
@@ -226,7 +226,9 @@ def run(
         }
         single |= {
             "--ndjson": ndjson,
-            "--logprobs": logprobs,
+            "--logprobs": logprobs is not None,
+            "--suffix": suffix is not None,
+            "--overflow": overflow != "error",
             "--template-vars": template_vars,
             "--prefix-cache": prefix_cache,
         }

@@ -1,4 +1,4 @@
-"""What lies between the matmuls: RMSNorm with the residual sum in front, SwiGLU, rotary with the write into the ring.
+"""What lies between the matmuls: RMSNorm with the residual sum in front, SwiGLU, rotary, the write into the ring.
 
 Rows are float32, of lengths that the machine's vectors divide or narrower vectors do (`floats.width_of`).
 """

@@ -101,10 +101,10 @@ def _parallel() -> Callable[[int, Any, int], None]:
     OpenMP's entry is `GOMP_parallel`, in GCC's library and, for compatibility, in LLVM's and Intel's. A symbol is
     looked for in a library and in those that it was linked with, so it is found in torch's own.
     """
-    (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.[sd][oy]*")
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.[sd][oy]*"))
     try:
-        openmp = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
+        openmp = ctypes.CDLL(str(libraries[0])).GOMP_parallel
+    except (IndexError, OSError, AttributeError):
         return _by_python_threads
     openmp.argtypes, openmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return lambda address, job, n_threads: openmp(address, job, n_threads, 0)

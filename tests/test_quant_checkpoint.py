@@ -478,10 +478,10 @@ def small_disk(size: str, mount_point: Path) -> list[str]:
 
 
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(source: Path, tmp_path: Path) -> None:
-    wrapper = small_disk("1m", tmp_path / "disk")
+    wrapper = small_disk("128k", tmp_path / "disk")
     done = run("raise AssertionError('too late')", source, tmp_path / "disk" / "build", *wrapper)
     assert done.returncode == DiskError.exit_code
-    assert "1,048,576 are free" in done.stderr and "bytes are needed" in done.stderr
+    assert "131,072 are free" in done.stderr and "bytes are needed" in done.stderr
 
 
 def test_a_disk_that_fills_up_half_way_is_a_disk_error(source: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def check_decode(shape: Shape, positions: Sequence[int], n_splits: int) -> None:
     qkv = randn(n_seqs, (n_heads + 2 * n_kv_heads) * head_dim)
     q, k, v = qkv.view(n_seqs, 1, -1, head_dim).split([n_heads, n_kv_heads, n_kv_heads], dim=2)
     cos, sin = rotary_tables(at[:, None], head_dim, 1e4)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    q, k = apply_rotary.reference(q, cos, sin), apply_rotary.reference(k, cos, sin)
     operands = torch.bfloat16 if shape.int8 else shape.dtype  # q comes in float32
     q = rounded(q, operands)
     if not shape.int8:

@@ -55,9 +55,8 @@ def test_the_pulled_model_answers_with_the_golden_ids_in_float32(home: Home, sha
     for case in golden["cases"]:
         if [message["role"] for message in case["messages"]] == ["user"]:
             asked += 1
-            done = home.run(
-                MODEL, case["messages"][0]["content"], "--json", "-n", str(golden["max_new_tokens"])
-            )
+            flags = ("--json", "--kv", "float32", "-n")
+            done = home.run(MODEL, case["messages"][0]["content"], *flags, str(golden["max_new_tokens"]))
             answer = json.loads(done.stdout)
             eos = [2] if answer["finish_reason"] == "stop" else []
             assert answer["token_ids"] + eos == case["output_ids"]

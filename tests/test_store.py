@@ -517,8 +517,8 @@ def test_rm_says_what_becomes_free_not_what_another_revision_shares(home: Path) 
 
 def test_rm_all_removes_what_is_ours_and_nothing_else_s(home: Path) -> None:
     builds = [add_build("tiny-int4"), add_build("half.partial")]
-    leftover = store.models_directory() / ".tmp-123"
-    leftover.mkdir()
+    hidden = store.models_directory() / ".git"
+    hidden.mkdir()  # of some other tool: ours makes none
     ours, theirs = add_pulled("o/ours"), add_pulled("o/theirs")
     stamps.leave("pulled", ours)
     other_kind = add_pulled("openai/whisper")
@@ -534,8 +534,8 @@ def test_rm_all_removes_what_is_ours_and_nothing_else_s(home: Path) -> None:
     kernels = numba_file(home)
     done = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package_copy(home)), **env)
     assert (done.returncode, done.stdout) == (0, "")
-    assert not any(path.exists() for path in (*builds, leftover, hub_cache.repo_directory("o/ours"), kernels))
-    assert theirs.is_dir() and other_kind.is_dir() and chat.read_text() == "what I typed"
+    assert not any(path.exists() for path in (*builds, hub_cache.repo_directory("o/ours"), kernels))
+    assert hidden.is_dir() and theirs.is_dir() and other_kind.is_dir() and chat.read_text() == "what I typed"
     assert [model.name for model in inventory.list_models()] == ["o/theirs"]
     assert stamps.when("pulled", ours) is None
     again = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(home / "package"), **env)

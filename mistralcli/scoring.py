@@ -16,6 +16,7 @@ from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.layerwise import Head, LayerwiseModel
 from mistralcli.plan import Demand, plan_memory
 from mistralcli.units import size_text
+from quant.progress import Progress
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Of windows that go through a layer together; a longer window goes alone."""
@@ -89,7 +90,8 @@ def score_tokens(
     passes = list(_passes(batches, models, _hidden_room_bytes(models, windows, free_bytes)))
     head_steps = sum(_head_steps(model.config) for model in models)
     layer_steps = sum(model.config.n_layers for model in models)
-    progress = _Progress(on_progress, (head_steps + layer_steps) * len(batches))
+    # A step is a batch in a layer; one in a head counts for several.
+    progress = Progress(on_progress, (head_steps + layer_steps) * len(batches))
     ids = torch.tensor(token_ids)
     found: list[torch.Tensor] = []
     for chosen in passes:
@@ -178,20 +180,6 @@ def _layer_bytes(model: LayerwiseModel, n_tokens: int) -> int:
     return plan_memory(one_layer, demand, n_tokens, 0).total_bytes
 
 
-class _Progress:
-    """Counts steps, and passes them on: one for a batch in a layer, several for it in the head."""
-
-    def __init__(self, report: OnProgress | None, total: int) -> None:
-        self._report = report
-        self._total = total
-        self._done = 0
-
-    def advance(self, n_steps: int) -> None:
-        self._done += n_steps
-        if self._report is not None:
-            self._report(self._done, self._total)
-
-
 def _head_steps(config: ModelConfig) -> int:
     """The head's work by that of a layer, in multiplications."""
     width = config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
@@ -199,7 +187,7 @@ def _head_steps(config: ModelConfig) -> int:
 
 
 def _hidden(
-    model: LayerwiseModel, ids: torch.Tensor, batches: Sequence[Sequence[Window]], progress: _Progress
+    model: LayerwiseModel, ids: torch.Tensor, batches: Sequence[Sequence[Window]], progress: Progress
 ) -> list[torch.Tensor]:
     """The last layer's output for each batch, (n_seqs, n_tokens, dim)."""
     hidden = [

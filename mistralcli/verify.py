@@ -17,6 +17,7 @@ from mistralcli.hub_cache import blob_digest
 from mistralcli.hub_files import RemoteFile
 from mistralcli.weights import OnProgress, open_checkpoint
 from quant.files import TOKENIZER_FILES, matches
+from quant.progress import Progress
 from quant.scheme import schemes_of
 from quant.staging import CARD
 
@@ -57,7 +58,7 @@ def verify(directory: Path, on_progress: OnProgress | None = None) -> Verificati
     present = [path for path in directory.iterdir() if path.is_file()]
     weights = [path for path in present if path.suffix == ".safetensors"]
     named = [directory / file.name for file in recorded if (directory / file.name).is_file()]
-    progress = _Progress(on_progress, sum(path.stat().st_size for path in (*weights, *named)))
+    progress = Progress(on_progress, sum(path.stat().st_size for path in (*weights, *named)))
     problems += [problem for file in recorded for problem in _file_problems(directory, file, progress)]
     if hashes_of == "card":
         known = {CARD, *(file.name for file in recorded)}
@@ -75,20 +76,6 @@ def verify(directory: Path, on_progress: OnProgress | None = None) -> Verificati
         problems.append(error.message)
     size = sum(path.stat().st_size for path in present)
     return Verification(hashes_of, len(recorded), n_tensors, size, problems)
-
-
-class _Progress:
-    """Counts the bytes that were read, and passes them on."""
-
-    def __init__(self, report: OnProgress | None, total_bytes: int) -> None:
-        self._report = report
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-
-    def advance(self, n_bytes: int) -> None:
-        self._done_bytes += n_bytes
-        if self._report is not None:
-            self._report(self._done_bytes, self._total_bytes)
 
 
 def _recorded(directory: Path, card: Mapping[str, Any] | None) -> tuple[str | None, list[RemoteFile]]:
@@ -119,7 +106,7 @@ def _as_it_is(path: Path, digest: str) -> RemoteFile:
     return RemoteFile(path.name, path.stat().st_size if path.is_file() else 0, digest)
 
 
-def _file_problems(directory: Path, file: RemoteFile, progress: _Progress) -> Iterator[str]:
+def _file_problems(directory: Path, file: RemoteFile, progress: Progress) -> Iterator[str]:
     path = directory / file.name
     if not path.is_file():
         yield f"{file.name} is missing"
@@ -129,7 +116,7 @@ def _file_problems(directory: Path, file: RemoteFile, progress: _Progress) -> It
         yield f"{file.name} is damaged: its hash is not {file.digest[:12]}…"
 
 
-def _not_finite(checkpoint: Checkpoint, progress: _Progress) -> Iterator[str]:
+def _not_finite(checkpoint: Checkpoint, progress: Progress) -> Iterator[str]:
     """Tensors, scales among them, that have NaN or Inf; those that are dense once loaded, as they are then."""
     for name in checkpoint.names():
         tensor = checkpoint.load(name)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from quant.errors import UsageError
 from quant.files import TOKENIZER_FILES, read_json
 from quant.keep import KeepRule, exceptions, require_mixable, with_precision
 from quant.method import Method
-from quant.methods.rtn import RoundToNearest
+from quant.methods.rtn import RTN
 from quant.plan import HEAD, PlannedTensor, into_shards, linear_modules, plan_tensors, stored_specs
 from quant.safetensors_file import file_size_bytes
 from quant.scheme import Scheme, quantization_config
@@ -86,7 +86,7 @@ class Recipe:
 
     scheme: Scheme
     head_scheme: Scheme | None
-    method: Method = field(default_factory=RoundToNearest)
+    method: Method = RTN
     keep: Sequence[KeepRule] = ()
     target_bytes: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES

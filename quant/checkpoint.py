@@ -34,8 +34,9 @@ from quant.journal import Journal, check_settings
 from quant.keep import KeepRule
 from quant.memory import out_of_memory_as
 from quant.method import Calibration, Method
-from quant.methods.rtn import RoundToNearest
+from quant.methods.rtn import RTN
 from quant.plan import PlannedTensor, Unit, units_as_they_come, units_by_layer, units_together
+from quant.progress import Progress
 from quant.quality import Check, LeftOut, Quality, default_max_kl
 from quant.scheme import Scheme
 from quant.sensitivity import Measure, check_target, pick_larger
@@ -131,7 +132,7 @@ def quantize_checkpoint(
             raise _gate_failed(verdict, f"{destination} is marked as failed")
         return _report(destination, started)
     model = open_model(source, source_dir, config)
-    recipe = Recipe(scheme, head_scheme, method or RoundToNearest(), keep, target_bytes, max_shard_bytes)
+    recipe = Recipe(scheme, head_scheme, method or RTN, keep, target_bytes, max_shard_bytes)
     plan = plan_build(model, recipe)
     if target_bytes is not None:
         check_target(plan, plan_build(model, recipe, adjustable(model, recipe)), target_bytes)
@@ -199,7 +200,7 @@ def decided_plan(
     if recipe.target_bytes is None:
         return plan
     check_target(plan, plan_build(model, recipe, adjustable(model, recipe)), recipe.target_bytes)
-    progress = _Progress(on_progress, sum(tensor.spec.nbytes for tensor in plan.tensors))
+    progress = Progress(on_progress, sum(tensor.spec.nbytes for tensor in plan.tensors))
     measure = Measure(model, recipe, calibration, device, progress.advance)
     losses: dict[str, Sequence[float] | None] = {}
     for unit in units_by_layer(plan.tensors):
@@ -258,7 +259,7 @@ class _Maker:
         self._model, self._recipe, self._partial = model, recipe, partial
         self._journal, self._calibration = journal, calibration
         self._device = device or torch.device("cpu")
-        self.progress = _Progress(on_progress, self._remaining_bytes())
+        self.progress = Progress(on_progress, self._remaining_bytes())
 
     def _remaining_bytes(self) -> int:
         """What will be read: every tensor once for each pass, and every file, the build's too, for its hash."""
@@ -309,7 +310,7 @@ class _Maker:
     def _write_alone(self, writer: ShardWriter, tensor: PlannedTensor) -> float | None:
         """One tensor by a method without data, or to nearest; returns its relative error."""
         weight = self._load(tensor)
-        method = RoundToNearest() if self._recipe.method.needs_data else self._recipe.method
+        method = RTN if self._recipe.method.needs_data else self._recipe.method
         if tensor.scheme is None:
             error, _ = writer.write(tensor, weight)
         else:
@@ -352,20 +353,6 @@ class _Maker:
         weight = self._model.source.load(tensor.name)
         require_finite(tensor.name, weight)
         return weight.to(self._device) if tensor.scheme is not None else weight
-
-
-class _Progress:
-    """Adds up the bytes that were read, and passes them on."""
-
-    def __init__(self, report: OnProgress | None, total_bytes: int) -> None:
-        self._report = report
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-
-    def advance(self, n_bytes: int) -> None:
-        self._done_bytes += n_bytes
-        if self._report is not None:
-            self._report(self._done_bytes, self._total_bytes)
 
 
 def _report(destination: Path, started: float) -> BuildReport:

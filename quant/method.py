@@ -118,3 +118,22 @@ class Method(Protocol):
             IntegrityError: inputs of a linear are not finite; it is named.
         """
         ...
+
+
+@dataclass(frozen=True)
+class WithoutData:
+    """A method that rounds any tensor alone."""
+
+    name: str
+    rounding: Rounding
+    needs_data: bool = False
+
+    def prepare(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        schemes: Mapping[str, "Scheme"],
+        scale_dtype: torch.dtype,
+        calibration: Calibration | None,
+    ) -> PreparedLayer:
+        return PreparedLayer(weights, dict.fromkeys(schemes, self.rounding))

@@ -84,10 +84,8 @@ def fitting_ids(
     token_ids = prompt.ids(session)
     if overflow == "error":
         return token_ids, 0
-    answer = _ROOM_FOR_ANSWER if max_tokens is None else max_tokens
-    room = session.max_seq_len - max(
-        1, min(answer, session.max_seq_len // 8 if max_tokens is None else answer)
-    )
+    answer = min(_ROOM_FOR_ANSWER, session.max_seq_len // 8) if max_tokens is None else max_tokens
+    room = session.max_seq_len - max(1, answer)
     text_ids = session.tokenizer.encode(prompt.text)
     n_kept = len(text_ids)
     while len(token_ids) > room and n_kept > 0:

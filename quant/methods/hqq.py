@@ -7,18 +7,11 @@ moves the zero point alone, which is a float there. Here it is an integer of the
 do, and a symmetric scheme has none: so the scale moves as well.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 
 from quant.codes import Codes
-from quant.method import Calibration, PreparedLayer
+from quant.method import WithoutData
 from quant.methods.rtn import codes_of, nearest, search_grid, smallest_scale
-
-if TYPE_CHECKING:
-    from quant.scheme import Scheme
 
 EXPONENT = 0.7
 STEPS = 20
@@ -27,24 +20,6 @@ STRENGTH, GROWTH = 10.0, 1.01
 
 _LEAST_ERROR = 1e-6
 """In steps of the grid: below it `|e|^(p−1)` is that of this."""
-
-
-@dataclass(frozen=True)
-class HalfQuadratic:
-    """The method: any tensor alone, without data."""
-
-    name: str = "hqq"
-    needs_data: bool = False
-
-    def prepare(
-        self,
-        index: int,
-        weights: Mapping[str, torch.Tensor],
-        schemes: Mapping[str, "Scheme"],
-        scale_dtype: torch.dtype,
-        calibration: Calibration | None,
-    ) -> PreparedLayer:
-        return PreparedLayer(weights, dict.fromkeys(schemes, half_quadratic))
 
 
 def half_quadratic(
@@ -81,6 +56,9 @@ def half_quadratic(
         scale = _least_squares(codes - zero, target, scale, scale_dtype)
         strength *= GROWTH
     return codes_of(groups, best_scale, best_zero, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+HQQ = WithoutData("hqq", half_quadratic)
 
 
 def _shrunk(error: torch.Tensor, strength: float) -> torch.Tensor:

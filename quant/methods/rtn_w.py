@@ -5,36 +5,11 @@ an input, and clipping them costs more than their number says. (llama.cpp's k-qu
 have no data.) docs/log.md has what it gave.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 
 from quant.codes import Codes
-from quant.method import Calibration, PreparedLayer
+from quant.method import WithoutData
 from quant.methods.rtn import codes_of, magnitude, search_grid
-
-if TYPE_CHECKING:
-    from quant.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class WeightedRoundToNearest:
-    """The method: any tensor alone, without data."""
-
-    name: str = "rtn-w"
-    needs_data: bool = False
-
-    def prepare(
-        self,
-        index: int,
-        weights: Mapping[str, torch.Tensor],
-        schemes: Mapping[str, "Scheme"],
-        scale_dtype: torch.dtype,
-        calibration: Calibration | None,
-    ) -> PreparedLayer:
-        return PreparedLayer(weights, dict.fromkeys(schemes, round_weighted))
 
 
 def round_weighted(
@@ -58,3 +33,6 @@ def round_weighted(
         scale_dtype=scale_dtype,
     )
     return codes_of(groups, scales, zeros, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+RTN_W = WithoutData("rtn-w", round_weighted)

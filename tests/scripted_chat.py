@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from mistralcli.cli.chat_state import Chat, ChatState
-from mistralcli.cli.repl import step
+from mistralcli.cli.chat.repl import step
+from mistralcli.cli.chat.state import Chat, ChatState
 from mistralcli.errors import MistralError
 from mistralcli.session import Completion, StopScanner
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_chat import after, chat_with, said
 
-from mistralcli.cli import chat_file
-from mistralcli.cli.chat_file import load_chat, save_chat
-from mistralcli.cli.chat_state import ChatState, settings_of
+from mistralcli.cli.chat import file as chat_file
+from mistralcli.cli.chat.file import load_chat, save_chat
+from mistralcli.cli.chat.state import ChatState, settings_of
 from mistralcli.conversation import Conversation, Message
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
 from mistralcli.sampling import SamplingParams

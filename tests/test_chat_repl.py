@@ -5,10 +5,10 @@ import signal
 import pytest
 from scripted_chat import after, chat_with, said
 
-from mistralcli.cli.chat_commands import COMMANDS
-from mistralcli.cli.chat_file import load_chat
-from mistralcli.cli.chat_state import SETTINGS, ChatState, settings_of, with_setting
-from mistralcli.cli.repl import is_open, message_in, run_repl
+from mistralcli.cli.chat.commands import COMMANDS
+from mistralcli.cli.chat.file import load_chat
+from mistralcli.cli.chat.repl import is_open, message_in, run_repl
+from mistralcli.cli.chat.state import SETTINGS, ChatState, settings_of, with_setting
 from mistralcli.errors import ContextOverflowError, MistralError
 
 

@@ -16,7 +16,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from mistralcli.cli.chat_terminal import ChatCompleter, open_history
+from mistralcli.cli.chat.terminal import ChatCompleter, open_history
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT_IS_UP = (

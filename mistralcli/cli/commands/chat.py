@@ -31,7 +31,7 @@ from mistralcli.cli.options import (
 from mistralcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mistralcli.cli.chat_state import ChatState
+    from mistralcli.cli.chat.state import ChatState
     from mistralcli.session import Session
 
 
@@ -61,7 +61,7 @@ def chat(
 
     When standard input is no terminal, all of it is one message: it is answered on standard output.
     """
-    from mistralcli.cli.chat_state import ChatState, with_setting
+    from mistralcli.cli.chat.state import ChatState, with_setting
     from mistralcli.conversation import Conversation
     from mistralcli.sampling import SamplingParams
     from mistralcli.session import SessionOptions
@@ -74,7 +74,7 @@ def chat(
     session = load_session(_one_model(context, named, model), options, quiet=False)
     console.note(session.describe())
     if message is None:
-        from mistralcli.cli.chat_terminal import chat_at_terminal
+        from mistralcli.cli.chat.terminal import chat_at_terminal
 
         chat_at_terminal(session, state)
     else:

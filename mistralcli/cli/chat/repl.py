@@ -6,9 +6,9 @@ It knows no terminal library and no tensors: `Chat` has the session that answers
 import signal
 from dataclasses import replace
 
-from mistralcli.cli.chat_commands import run_command
-from mistralcli.cli.chat_file import rescue_chat
-from mistralcli.cli.chat_state import Chat, ChatState
+from mistralcli.cli.chat.commands import run_command
+from mistralcli.cli.chat.file import rescue_chat
+from mistralcli.cli.chat.state import Chat, ChatState
 from mistralcli.cli.console import error_text, on_interrupt
 from mistralcli.errors import ContextOverflowError, MistralError
 from mistralcli.session import Completion

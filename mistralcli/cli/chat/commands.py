@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from mistralcli.cli.chat_file import load_chat, save_chat
-from mistralcli.cli.chat_state import SETTINGS, Chat, ChatState, settings_of, with_setting
+from mistralcli.cli.chat.file import load_chat, save_chat
+from mistralcli.cli.chat.state import SETTINGS, Chat, ChatState, settings_of, with_setting
 from mistralcli.conversation import Conversation
 from mistralcli.errors import UsageError
 from mistralcli.session import Completion

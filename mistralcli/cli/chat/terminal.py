@@ -21,9 +21,9 @@ from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from mistralcli.cli import console
-from mistralcli.cli.chat_commands import COMMANDS
-from mistralcli.cli.chat_state import SETTINGS, Chat, ChatState
-from mistralcli.cli.repl import is_open, run_repl
+from mistralcli.cli.chat.commands import COMMANDS
+from mistralcli.cli.chat.repl import is_open, run_repl
+from mistralcli.cli.chat.state import SETTINGS, Chat, ChatState
 from mistralcli.session import Session
 
 

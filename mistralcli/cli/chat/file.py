@@ -17,7 +17,7 @@ from typing import Any
 
 from platformdirs import user_state_path
 
-from mistralcli.cli.chat_state import SETTINGS, ChatState, settings_of, with_setting
+from mistralcli.cli.chat.state import SETTINGS, ChatState, settings_of, with_setting
 from mistralcli.conversation import Conversation, Message, Role
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
 

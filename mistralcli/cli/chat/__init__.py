@@ -1,0 +1,1 @@
+"""`mistral chat`: a conversation at the terminal."""

@@ -53,7 +53,7 @@ def blocking_for(
     weight: Sizes, n_rows: int, capability: tuple[int, int], kernel: Kernel = "matvec"
 ) -> Blocking:
     """The tuned blocking where there is one for the sizes, else what does well without."""
-    found = _tuned("{}.{}".format(*capability)).get(key_of(weight, n_rows, kernel))
+    found = tuned("{}.{}".format(*capability)).get(key_of(weight, n_rows, kernel))
     return found or (_default_tiles(weight) if kernel == "tiles" else _default(weight, n_rows))
 
 
@@ -80,7 +80,8 @@ def _default(weight: Sizes, n_rows: int) -> Blocking:
 
 
 @cache
-def _tuned(capability: str) -> dict[str, Blocking]:
+def tuned(capability: str) -> dict[str, Blocking]:
+    """A card's part of the table, by key; benchmarks/tune.py changes it while it searches."""
     return read_table().get(capability, {})
 
 

@@ -193,6 +193,44 @@ def _quad_sums(q, x, plane, mask, BITS: tl.constexpr, ROUNDING: tl.constexpr, PT
     return tl.sum(quads, axis=3).to(tl.float32)
 
 
+@triton.jit
+def _weight_tile(
+    weight,
+    scales,
+    zeros,
+    weight_row,
+    in_out,
+    t,
+    n_words,
+    n_groups,
+    quads_per_group,
+    BITS: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Tile t of the rows `weight_row` (outputs, 1, 1): words (…, BLOCK_WORDS), and their quads' scales and zeros.
+
+    Where a row has one scale, it is no part of the tile; its one zero is.
+    """
+    word = t * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, None, :]
+    quads = t * (BLOCK_WORDS // 4) + tl.arange(0, BLOCK_WORDS // 4)[None, None, :]
+    in_words = in_out if EVEN else in_out & (word < n_words)
+    in_quads = in_out if EVEN else in_out & (quads < n_words // 4)
+    at = weight + weight_row.to(tl.int64) * n_words + word
+    q = tl.load(at, mask=in_words, other=0, eviction_policy="evict_first")
+    scale, zero = q, q  # where there are none
+    if BITS != 16:
+        group = tl.max_contiguous(quads // quads_per_group, [1, 1, 2])  # no more than an order of the axes
+        group = weight_row * n_groups + (0 if PER_CHANNEL else group)
+        if not PER_CHANNEL:
+            scale = tl.load(scales + group, mask=in_quads, other=0.0)
+        if ASYMMETRIC:
+            zero = tl.load(zeros + group, mask=in_quads, other=0)
+    return q, scale, zero
+
+
 @triton.jit(do_not_specialize_on_alignment=["x_scales", "scales", "zeros"])
 def matvec_kernel(
     x,
@@ -252,8 +290,8 @@ def matvec_kernel(
     quad = tl.arange(0, QUADS)[None, None, :]
     n_quads = n_words // 4
 
-    tile = weight + weight_row.to(tl.int64) * n_words + word
-    q = tl.load(tile, mask=in_out & (word < n_words), other=0, eviction_policy="evict_first")
+    tile = _weight_tile(weight, scales, zeros, weight_row, in_out, 0, n_words, n_groups, quads_per_group,
+                        BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
     if N_SUMS:  # loaded before the loop, whose length hides how long that takes; as is what y already holds
@@ -262,9 +300,10 @@ def matvec_kernel(
     before = before_sum(y, n_rows, out_features, EPILOGUE, ROWS, BLOCK_OUT)
     acc = tl.zeros([OUTS, ROWS, BLOCK_WORDS if BITS == 16 else QUADS], tl.float32)
     for t in tl.static_range(N_TILES):
+        q, scale, zero = tile
         if t + 1 < N_TILES:  # the next tile is under way while this one is multiplied
-            more = in_out if EVEN else in_out & (word + (t + 1) * BLOCK_WORDS < n_words)
-            q_next = tl.load(tile + (t + 1) * BLOCK_WORDS, mask=more, other=0, eviction_policy="evict_first")
+            tile = _weight_tile(weight, scales, zeros, weight_row, in_out, t + 1, n_words, n_groups, quads_per_group,
+                                BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
         mask = row < n_rows
         at = word + t * BLOCK_WORDS
         in_words = mask if EVEN else mask & (at < n_words)
@@ -277,21 +316,14 @@ def matvec_kernel(
             x_scale = x_scales + row * (2 * n_quads) + quads
             part *= tl.load(x_scale, mask=in_quads, other=0.0)
             offset = 0.0 if ROUNDING == "half" else (8.0 if BITS == 4 else 128.0)
-            group = tl.max_contiguous(
-                quads // quads_per_group, [1, 1, 2]
-            )  # no more than an order of the axes
             if ROUNDING == "int8" or ASYMMETRIC:
                 x_sum = tl.load(x_scale + n_quads, mask=in_quads, other=0.0)
                 if ASYMMETRIC:
-                    zero = zeros + weight_row * n_groups + (0 if PER_CHANNEL else group)
-                    offset += tl.load(zero, mask=in_out & (quads < n_quads), other=0).to(tl.float32)
+                    offset += zero.to(tl.float32)
                 part -= offset * x_sum
             if not PER_CHANNEL:
-                scale = scales + weight_row * n_groups + group
-                part *= tl.load(scale, mask=in_out & (quads < n_quads), other=0.0).to(tl.float32)
+                part *= scale.to(tl.float32)
             acc += part
-        if t + 1 < N_TILES:
-            q = q_next
     total = tl.sum(acc, axis=2)  # (OUTS, ROWS)
     if PER_CHANNEL:
         total *= tl.load(scales + stored_row, mask=out < out_features, other=0.0).to(tl.float32)[:, None]

@@ -305,9 +305,18 @@ class KVCache:
             for tokens, n in zip(self._slices(positions), n_positions, strict=True)
         ]
 
-    def hold(self, n_positions: int) -> None:
-        """Take it that the first sequence's keys and values of so many positions have been put into their slots."""
-        self.last[0] = self._furthest = n_positions - 1
+    @property
+    def furthest(self) -> int:
+        """The furthest position ever written, −1 where none was: behind `last` after a rewind."""
+        return self._furthest
+
+    def hold(self, n_positions: int, furthest: int) -> None:
+        """Take it that the first sequence's keys and values of so many positions have been put into their slots.
+
+        furthest: that of the cache that they come from, which may have overwritten older ones and been rewound.
+        """
+        self.last[0] = n_positions - 1
+        self._furthest = furthest
 
     def can_rewind(self, n_positions: int) -> bool:
         """Whether every slot that position `n_positions` and later will look at still holds what it needs."""

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
+
+from mistralcli.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -38,6 +40,22 @@ class Conversation:
         """Replace, add or (with None) drop the system prompt, which comes first."""
         rest = tuple(m for m in self.messages if m.role != "system")
         return Conversation(((Message("system", content),) if content else ()) + rest)
+
+
+def parse_messages(value: Any) -> Conversation:
+    """A conversation from JSON: a list of `{"role": …, "content": …}`. Raises UsageError where it is something else."""
+    if not isinstance(value, list):
+        raise UsageError("messages must be a list")
+    found = []
+    for message in value:
+        role, content = (
+            message.get(key) if isinstance(message, dict) else None for key in ("role", "content")
+        )
+        if role not in get_args(Role) or not isinstance(content, str):
+            roles = ", ".join(get_args(Role))
+            raise UsageError(f"a message must have a role ({roles}) and a text as its content")
+        found.append(Message(cast(Role, role), content))
+    return Conversation.of(found)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ def remove(usage: Usage) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise DiskError(f"{error.filename or path} cannot be removed: {error.strerror}") from error
+            raise DiskError(
+                f"{error.filename or path} cannot be removed: {error.strerror}", "check who owns it"
+            ) from error
 
 
 def _pulled(models: Iterable[StoredModel]) -> Iterator[Usage]:
@@ -111,7 +113,9 @@ def _is_coming(part: Path) -> bool:
 def _chats() -> Usage:
     """Sessions and the history of what was typed."""
     state = platformdirs.user_state_path("mistral")
-    paths = tuple(sorted(path for path in state.glob("*") if path.name not in ("used", "pulled")))
+    sessions = platformdirs.user_data_path("mistral") / "sessions"
+    typed = sorted(path for path in state.glob("*") if path.name not in ("used", "pulled"))
+    paths = (*typed, *([sessions] if sessions.is_dir() else []))
     return Usage("chats", "sessions and history", paths, size_bytes(paths))
 
 

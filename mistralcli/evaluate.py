@@ -164,11 +164,15 @@ def _lengths(config: ModelConfig, window: int | None, stride: int | None) -> tup
     window = min(DEFAULT_WINDOW, longest) if window is None else window
     if not 2 <= window <= longest:
         raise UsageError(
-            f"--window {window} is not between 2 and the model's own context of {longest} positions"
+            f"--window {window} is not between 2 and the model's own context of {longest} positions",
+            f"leave it out for {min(DEFAULT_WINDOW, longest)}",
         )
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
-        raise UsageError(f"--stride {stride} is not between 1 and the window's {window} tokens")
+        raise UsageError(
+            f"--stride {stride} is not between 1 and the window's {window} tokens",
+            "leave it out for windows side by side",
+        )
     return window, stride
 
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["schema", "regex", "grammar"]
 
+_FORMS: dict[Kind, str] = {
+    "schema": "it must be a JSON schema, in JSON",
+    "regex": "it must be a regular expression as Rust has them: without look-around and back-references",
+    "grammar": 'it must be a grammar in Lark\'s form, like: start: "yes" | "no"',
+}
+
 _MARK = "\x01"
 """A character that tokenizers join with none."""
 
@@ -44,10 +50,10 @@ def compile_constraint(
     try:
         grammar = _grammar(kind, source)
     except ValueError as error:
-        raise UsageError(f"the {kind} cannot be read: {error}") from error
+        raise UsageError(f"the {kind} cannot be read: {error}", _FORMS[kind]) from error
     wrong = LLMatcher.validate_grammar(grammar, vocabulary)
     if wrong and not wrong.startswith("WARNING"):
-        raise UsageError(f"the {kind} cannot be used: {_first_line(wrong)}")
+        raise UsageError(f"the {kind} cannot be used: {_first_line(wrong)}", _FORMS[kind])
     return Constraint(LLMatcher(vocabulary, grammar, log_level=0), stop_ids)
 
 

@@ -73,6 +73,12 @@ def list_models() -> list[StoredModel]:
     return [*_builds(), *(model for repo_id in cached_repo_ids() for model in _pulled(repo_id))]
 
 
+def names() -> list[str]:
+    """The names of all that `list_models` lists, found quickly: nothing is measured, and no weights are looked at."""
+    ours = (id_ for id_ in cached_repo_ids() if any(map(_is_of_our_kind, snapshots(id_).values())))
+    return [*(path.name for path in _build_paths()), *ours]
+
+
 def find(name: str) -> list[StoredModel]:
     """The stored models that `name` means: one build, or all revisions of a Hub id unless it states one.
 
@@ -94,7 +100,7 @@ def find(name: str) -> list[StoredModel]:
             f"name that model, or remove the alias with: mistral alias --remove {name}",
         )
     if not found and name == DEMO:
-        raise UsageError("the model demo is built in: it is a part of mistral-cli, and goes with it")
+        raise UsageError("the model demo is built in, so it is not removed alone", "it goes with mistral-cli")
     if not found:
         raise ModelNotFoundError(f"no model is stored here as {name}", "`mistral list` shows those that are")
     return found
@@ -115,7 +121,9 @@ def remove(model: StoredModel) -> None:
         else:
             shutil.rmtree(model.path)
     except OSError as error:
-        raise DiskError(f"{error.filename or model.path} cannot be removed: {error.strerror}") from error
+        raise DiskError(
+            f"{error.filename or model.path} cannot be removed: {error.strerror}", "check who owns it"
+        ) from error
     if model.path.exists():
         raise DiskError(f"{model.path} cannot be removed", "check who owns it")
     stamps.drop(model.path)
@@ -142,18 +150,23 @@ def is_ours(model: StoredModel) -> bool:
 
 
 def _builds() -> Iterator[StoredModel]:
+    for path in _build_paths():
+        origin = read_or_empty(path / "quantization_card.json").get("source")
+        origin = origin if isinstance(origin, dict) else {}
+        yield _stored(
+            path.name,
+            "build",
+            path,
+            source=_text(origin.get("name")),
+            revision=_text(origin.get("revision")),
+            broken=_build_problem(path),
+        )
+
+
+def _build_paths() -> Iterator[Path]:
     for path in sorted(models_directory().glob("*")):
         if not path.name.startswith(".") and (path.is_dir() or path.is_symlink()):
-            origin = read_or_empty(path / "quantization_card.json").get("source")
-            origin = origin if isinstance(origin, dict) else {}
-            yield _stored(
-                path.name,
-                "build",
-                path,
-                source=_text(origin.get("name")),
-                revision=_text(origin.get("revision")),
-                broken=_build_problem(path),
-            )
+            yield path
 
 
 def _pulled(repo_id: str) -> Iterator[StoredModel]:
@@ -188,7 +201,7 @@ def _stored(
         source=source,
         revision=revision,
         refs=refs,
-        scheme=_scheme(path),
+        scheme=stored_scheme(path),
         size_bytes=_size_bytes(path),
         path=path,
         modified=datetime.fromtimestamp(path.lstat().st_mtime, UTC),
@@ -244,7 +257,7 @@ def _config_problem(path: Path) -> str | None:
     return None
 
 
-def _scheme(directory: Path) -> str | None:
+def stored_scheme(directory: Path) -> str | None:
     """The scheme that a build's card states, else how the configuration says that the weights are stored."""
     scheme = read_or_empty(directory / "quantization_card.json").get("scheme")
     if isinstance(scheme, str):

@@ -71,7 +71,10 @@ class MistralTokenizer:
             return self._tokenizer.encode(well_formed(text), bos=bos, eos=eos)
         except ValueError as error:
             # tekken's regular expression gives up on a run of some hundred thousand spaces.
-            raise MistralError(f"this text of {len(text)} characters cannot be tokenized: {error}") from error
+            raise MistralError(
+                f"this text of {len(text)} characters cannot be tokenized: {error}",
+                "shorten what repeats in it, like a very long run of spaces",
+            ) from error
 
     def encode_chat(self, conversation: Conversation, extras: ChatExtras = NO_EXTRAS) -> list[int]:
         if extras.variables:
@@ -89,7 +92,10 @@ class MistralTokenizer:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise UsageError(f"a tool is not as the chat format wants it: {place}: {first['msg']}") from error
+            raise UsageError(
+                f"a tool is not as the chat format wants it: {place}: {first['msg']}",
+                "correct the --tools file",
+            ) from error
         except MistralCommonException as error:
             message = f"the chat format {self.version} refuses this conversation: {error.message}"
             raise UsageError(message, CONVERSATION_RULE) from error

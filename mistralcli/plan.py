@@ -177,7 +177,8 @@ def check_ctx(config: ModelConfig, ctx: int) -> int:
     """`ctx` itself, or UsageError when the model was not made for so many positions."""
     if not 2 <= ctx <= config.max_seq_len:
         raise UsageError(
-            f"--ctx {ctx} is not between 2 and the model's own context of {config.max_seq_len} positions"
+            f"--ctx {ctx} is not between 2 and the model's own context of {config.max_seq_len} positions",
+            "leave it out for as much of that as fits in memory",
         )
     return ctx
 

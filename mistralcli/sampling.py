@@ -3,42 +3,11 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from mistralcli.errors import IntegrityError, UsageError
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and penalty 1 do nothing.
-
-    Raises:
-        UsageError: a value is out of its range, which is named.
-    """
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _require(
-            "repeat_penalty", self.repeat_penalty, 0.01 <= self.repeat_penalty <= 100, "between 0.01 and 100"
-        )
-        _require("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
-
-
-def _require(name: str, value: object, good: bool, what: str) -> None:
-    if not good:
-        raise UsageError(f"{name} is {value}; it must be {what}")
+from mistralcli.errors import IntegrityError
+from mistralcli.run_options import SamplingParams as SamplingParams
 
 
 class Sampler:

@@ -20,6 +20,7 @@ from mistralcli.errors import DiskError, IntegrityError, UsageError
 from quant.files import STEMS, weight_files
 
 FORMAT = "mistral-cache-1"
+_OTHER = "name another file, or remove it and it is made again"
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_EVERY_BYTES = 16 << 20
 
@@ -58,6 +59,7 @@ def save_cache(path: Path, engine: Engine, digest: str) -> None:
         for name, tensor in layer.buffers().items():
             tensors[f"{i}.{name}"] = tensor[:1, :, :n_slots].contiguous().cpu()
     metadata = {"format": FORMAT, "model": digest, "capacities": json.dumps(_capacities(engine.cache))}
+    metadata["furthest"] = str(engine.cache.furthest)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
@@ -76,27 +78,42 @@ def load_cache(path: Path, engine: Engine, digest: str, token_ids: Sequence[int]
         IntegrityError: it is no such file.
         UsageError: it is of another model, of another text, or of a cache of another kind.
     """
-    other = "name another file, or remove it and it is made again"
+    saved = saved_ids(path, digest)
+    if saved != list(token_ids[: len(saved)]):
+        raise UsageError(f"{path} is of another text than this prompt begins with", _OTHER)
+    try:
+        with safe_open(path, framework="pt") as file:
+            _fill(engine, file, saved, file.metadata() or {}, path)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{path} is no saved cache: {error}", _OTHER) from error
+
+
+def saved_ids(path: Path, digest: str) -> list[int]:
+    """The ids whose keys and values `path` holds; nothing else of it is read.
+
+    Raises:
+        IntegrityError: it is no such file.
+        UsageError: it is of another model.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise IntegrityError(f"{path} is no saved cache", other)
+                raise IntegrityError(f"{path} is no saved cache", _OTHER)
             if about.get("model") != digest:
-                raise UsageError(f"{path} is of another model", other)
-            saved_ids = file.get_tensor("token_ids").tolist()
-            if not isinstance(saved_ids, list) or not saved_ids:
-                raise IntegrityError(f"{path} is no saved cache", other)
-            if saved_ids != list(token_ids[: len(saved_ids)]):
-                raise UsageError(f"{path} is of another text than this prompt begins with", other)
-            _fill(engine, file, saved_ids, json.loads(about.get("capacities", "[]")), path)
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise IntegrityError(f"{path} is no saved cache: {error}", other) from error
+                raise UsageError(f"{path} is of another model", _OTHER)
+            token_ids = file.get_tensor("token_ids").tolist()
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} is no saved cache: {error}", _OTHER) from error
+    if not isinstance(token_ids, list) or not token_ids:
+        raise IntegrityError(f"{path} is no saved cache", _OTHER)
+    return token_ids
 
 
-def _fill(engine: Engine, file: safe_open, token_ids: list[int], capacities: list[int], path: Path) -> None:
+def _fill(engine: Engine, file: safe_open, token_ids: list[int], about: dict[str, str], path: Path) -> None:
     cache, n_positions = engine.cache, len(token_ids)
     engine.require_room(n_positions)
+    capacities: list[int] = json.loads(about.get("capacities", "[]"))
     ours = _capacities(cache)
     same_slots = len(ours) == len(capacities) and all(
         mine == theirs or n_positions <= min(mine, theirs)
@@ -114,7 +131,7 @@ def _fill(engine: Engine, file: safe_open, token_ids: list[int], capacities: lis
                     "give the same --ctx, --slack, --dtype and --kv, or remove it and it is made again",
                 )
             place.copy_(saved)
-    cache.hold(n_positions)
+    cache.hold(n_positions, max(n_positions - 1, int(about.get("furthest", -1))))
     engine.token_ids = token_ids
 
 

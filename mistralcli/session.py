@@ -23,6 +23,7 @@ from mistralcli.device import (
 )
 from mistralcli.engine import ChooseToken, Engine, FinishReason
 from mistralcli.errors import NotEnoughMemoryError, UsageError
+from mistralcli.inventory import stored_scheme
 from mistralcli.plan import (
     Demand,
     MemoryPlan,
@@ -33,7 +34,9 @@ from mistralcli.plan import (
     fitting_plan,
     requested_plan,
 )
-from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.run_options import SamplingParams
+from mistralcli.run_options import SessionOptions as SessionOptions
+from mistralcli.sampling import Sampler
 from mistralcli.threads import set_threads
 from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_fitting_tokenizer
 from mistralcli.units import size_text
@@ -45,31 +48,6 @@ _COMPILING = {
 }
 """What is said when that takes longer than so many seconds. A busy CPU can take as long to load what is kept (0.4 s on
 two free cores) as a free one to compile it (1.1 s), so the words are true of both."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How a model is run; None leaves a choice to the program. `ctx`, `chunk` and `slack` count positions."""
-
-    ctx: int | None = None
-    chunk: int | None = None
-    slack: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    memory_limit: int | None = None
-    """Bytes that the process may take on a GPU; on the CPU, that the model is planned to take."""
-    kv: str | None = None
-    threads: int | None = None
-    """Of the CPU, for all that the process computes there."""
-    exact: bool = False
-    """Float32 activations that no kernel of the CPU rounds."""
-    n_seqs: int = 1
-    """Sequences that are decoded together, each with a context of its own."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("chunk", self.chunk), ("slack", self.slack)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -246,15 +224,16 @@ class Session:
         return self.tokenizer.eos_ids | frozenset(self.config.eos_ids)
 
     def describe(self) -> str:
-        """One line: model, weights, device, type, context and the cache that it needs when full."""
-        quantization = "quantized" if self.config.quantization else self.config.dtype
-        dtype, cache_dtype = (
-            str(one).removeprefix("torch.") for one in (self.engine.model.dtype, self.engine.cache.dtype)
-        )
-        stored = f" of {cache_dtype}" if cache_dtype != dtype else ""
+        """One line: model, scheme, device, context and memory; types where they are not the device's usual ones."""
+        device, dtype, cache_dtype = self.engine.device, self.engine.model.dtype, self.engine.cache.dtype
+        scheme = stored_scheme(self.directory) or self.config.dtype
+        computing = "" if dtype == choose_dtype(None, device) else f" in {_name(dtype)}"
+        usual = choose_cache_dtype(None, dtype, device.type, self.exact)
+        stored = "" if cache_dtype == usual else f" of {_name(cache_dtype)}"
+        weights, cache = size_text(self.plan.weights_bytes), size_text(self.plan.cache_bytes)
         return (
-            f"{self.name} ({quantization}) on {self.engine.device.type}, computing in {dtype}, "
-            f"context {self.engine.max_seq_len} tokens (cache up to {self.plan.cache_bytes / 1e6:.0f} MB{stored})"
+            f"{self.name} ({scheme}) on {device.type}{computing}, context {self.engine.max_seq_len}, "
+            f"weights {weights} (cache up to {cache}{stored})"
         )
 
     def complete(
@@ -294,9 +273,17 @@ class Session:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
     ) -> Completion:
-        """The assistant's next message. Raises what `complete` and the tokenizer's `encode_chat` raise."""
+        """The assistant's next message, or the rest of an open one (`prefix`).
+
+        Raises what `complete` and the tokenizer's `encode_chat` raise.
+        """
         token_ids = self.tokenizer.encode_chat(conversation)
-        return self.complete(token_ids, params, max_tokens=max_tokens, stop=stop)
+        goes_on = bool(conversation.messages) and conversation.messages[-1].prefix
+        return self.complete(token_ids, params, max_tokens=max_tokens, stop=stop, continues_text=goes_on)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def open_session(
@@ -410,9 +397,8 @@ def _require_exact(device: torch.device, dtype: torch.dtype) -> None:
             "add --device cpu, or leave --exact out",
         )
     if dtype != torch.float32:
-        name = str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"--exact computes in float32, not in {name}", "leave one of --exact and --dtype out"
+            f"--exact computes in float32, not in {_name(dtype)}", "leave one of --exact and --dtype out"
         )
 
 

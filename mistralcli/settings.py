@@ -197,7 +197,9 @@ def edit_user_file(change: Callable[["TOMLDocument"], None]) -> Path:
     try:
         _write(path, tomlkit.dumps(document))
     except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror}") from None
+        raise DiskError(
+            f"{path} cannot be written: {error.strerror}", "check who owns it, and whether the disk is full"
+        ) from None
     return path
 
 

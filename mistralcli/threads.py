@@ -30,7 +30,7 @@ def set_threads(asked: int | None) -> None:
         return
     most = len(usable_cpus())
     if asked < 1:
-        raise UsageError(f"--threads {asked} must be at least 1")
+        raise UsageError(f"--threads {asked} must be at least 1", "leave it out for one a core")
     if asked > most:
         raise UsageError(
             f"--threads {asked} is more than the processors that this process may run on: {most}",

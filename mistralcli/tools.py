@@ -15,6 +15,7 @@ from mistralcli.errors import QualityError, UsageError
 from mistralcli.tokenizer import Tokenizer
 
 _FRAMES = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+_TOOL = 'a tool is {"name": …, "description": …, "parameters": a JSON schema}'
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -36,14 +37,14 @@ def parse_tools(text: str, source: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{source} is no JSON: {error}") from None
+        raise UsageError(f"{source} is no JSON: {error}", _TOOL) from None
     tools = found if isinstance(found, list) else [found]
     functions = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in tools]
     for number, function in enumerate(functions, 1):
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UsageError(
                 f"tool {number} in {source} has no name",
-                'a tool is {"name": …, "description": …, "parameters": a JSON schema}',
+                _TOOL,
             )
     empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
     return [{"type": "function", "function": empty | function} for function in functions if function]

@@ -40,7 +40,7 @@ LAYERS = [
         "mistralcli.calibration",
         "mistralcli.calibration_text",
     ],
-    ["mistralcli.engine", "mistralcli.weights", "mistralcli.layerwise"],
+    ["mistralcli.engine", "mistralcli.weights", "mistralcli.layerwise", "mistralcli.prompt_parts"],
     ["mistralcli.decoder", "mistralcli.cpu_decoder", "mistralcli.prefill"],
     ["mistralcli.model", "mistralcli.sampling"],
     [
@@ -68,7 +68,13 @@ LAYERS = [
     ["mistralcli.transfer"],
     ["mistralcli.hub_http", "mistralcli.part_file"],
     ["mistralcli.hub_cache", "mistralcli.hub_errors", "mistralcli.hub_files"],
-    ["mistralcli.config", "mistralcli.quantization_config", "mistralcli.units", "mistralcli.demo"],
+    [
+        "mistralcli.config",
+        "mistralcli.quantization_config",
+        "mistralcli.units",
+        "mistralcli.demo",
+        "mistralcli.run_options",
+    ],
     ["mistralcli.errors"],
     ["quant"],
 ]

@@ -10,6 +10,7 @@ from models import load, random_checkpoint
 from program import assert_one_sentence, mistral
 
 from mistralcli.bench import BenchOptions, bytes_per_token, fitting, step_weights_bytes
+from mistralcli.cli.commands.bench import refuse_too_long
 from mistralcli.demo import demo_directory
 from mistralcli.engine import Engine
 from mistralcli.errors import UsageError
@@ -64,7 +65,17 @@ def test_other_conditions_than_before_are_said(report: dict[str, Any], tmp_path:
     assert "warning: device_name was an abacus" in done.stderr
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"prefill": [{}], "decode": []}', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"prefill": [{}], "decode": []}',
+        '{"prefill": [{"n_tokens": 1e400, "tokens_per_s": 1}], "decode": []}',
+        "\x00",
+    ],
+)
 def test_a_file_that_is_no_report_is_refused_before_anything_is_measured(
     content: str, tmp_path: Path
 ) -> None:
@@ -72,6 +83,25 @@ def test_a_file_that_is_no_report_is_refused_before_anything_is_measured(
     done = mistral("bench", "--against", tmp_path / "other", home=tmp_path)
     assert_one_sentence(done, 2, "is no report of mistral bench")
     assert_one_sentence(mistral("bench", "--against", tmp_path / "none", home=tmp_path), 2, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        (([5, 64], [], None, 3), "a prompt of 64 tokens and one behind it do not fit into a context of 64"),
+        (([], [61, 62], None, 3), "3 tokens behind 62 do not fit into a context of 64"),
+        (([], [], 33, 33), "runs of 33 tokens are longer than half of the context of 64"),
+    ],
+)
+def test_a_length_that_was_asked_for_is_never_left_out(asked: tuple[Any, ...], part: str) -> None:
+    refuse_too_long(64, [63], [61], 32, 3)
+    with pytest.raises(UsageError, match=part):
+        refuse_too_long(64, *asked)
+
+
+def test_such_a_length_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    done = mistral("bench", "-m", "demo", "--device", "cpu", "-p", "9999", home=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "measuring" not in done.stderr
 
 
 def test_what_is_longer_than_the_context_is_left_out_or_shortened() -> None:

@@ -1,6 +1,7 @@
 """Saved chats: they come back as they were, and no file can do harm."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,27 @@ from scripted_chat import after, chat_with, said
 
 from mistralcli.cli.chat import file as chat_file
 from mistralcli.cli.chat.file import load_chat, save_chat
-from mistralcli.cli.chat.state import ChatState, settings_of
-from mistralcli.conversation import Conversation, Message
+from mistralcli.cli.chat.settings import settings_of
+from mistralcli.cli.chat.state import ChatState
+from mistralcli.conversation import Message
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
 from mistralcli.sampling import SamplingParams
 
 
 def saved_chat():
-    conversation = (
-        Conversation().with_system("Be brief").add("user", "Hé [/INST]\x1b").add("assistant", "ok\n")
+    state = ChatState(
+        system="Be brief", params=SamplingParams(0.5, 0.9, 40, 0.1, 1.2, 3), max_tokens=99, stop=("\n",)
     )
-    return ChatState(conversation, SamplingParams(0.5, 0.9, 40, 0.1, 1.2, 3), max_tokens=99)
+    state = state.with_message("Hé [/INST]\x1b").with_answer("o", unfinished=True)
+    state = replace(state, tree=state.tree.back()).with_answer("ok\n", unfinished=False)
+    return replace(state.with_message("and?").with_answer("no", unfinished=False), dropped=frozenset({0}))
+
+
+def chat_of(*texts, **options):
+    state = ChatState(**options)
+    for n, text in enumerate(texts):
+        state = state.with_answer(text, unfinished=False) if n % 2 else state.with_message(text)
+    return state
 
 
 def test_save_and_load_bring_the_chat_back(tmp_path):
@@ -32,14 +43,17 @@ def test_the_commands_save_and_load_name_the_other_model(tmp_path):
     chat = chat_with(["Hi"])
     state = after(chat, "Hello", f"/save {tmp_path / 'my chat.json'}")
     other = chat_with()
-    other.session.name = "other"
+    other.model.name = "other"
     loaded = after(other, f"/load {tmp_path / 'my chat.json'}")
     assert loaded.conversation == state.conversation
-    assert other.terminal.notes == ["it was held with scripted, and goes on with other", "loaded 2 messages"]
+    assert other.terminal.notes == [
+        "it was held with scripted, and goes on with other",
+        "loaded 2 messages, the last: Hi",
+    ]
 
 
 def test_a_loaded_chat_that_ends_with_a_question_is_answered(tmp_path):
-    save_chat(tmp_path / "chat.json", "scripted", ChatState(Conversation().add("user", "Hello")))
+    save_chat(tmp_path / "chat.json", "scripted", chat_of("Hello"))
     state = after(chat_with(["Hi"]), f"/load {tmp_path / 'chat.json'}")
     assert said(state) == [("user", "Hello"), ("assistant", "Hi")]
 
@@ -88,18 +102,30 @@ def test_a_name_that_no_file_can_have_is_refused_and_changes_nothing(command, na
     assert chat.terminal.notes[0].startswith("error: ") and name in chat.terminal.notes[0]
 
 
-GOOD = {
+FIRST = {
     "format": "mistral-chat",
     "version": 1,
     "model": "m",
     "system": None,
     "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "settings": {name: value for name, value in settings_of(ChatState()).items() if name != "stop"},
+}
+GOOD = FIRST | {
+    "version": 2,
+    "messages": [
+        {"parent": None, "role": "user", "content": "a"},
+        {"parent": 0, "role": "assistant", "content": "b", "unfinished": True},
+        {"parent": 0, "role": "assistant", "content": "c"},
+    ],
+    "at": 1,
+    "dropped": [],
     "settings": settings_of(ChatState()),
 }
 
 
-def test_the_file_that_the_hostile_ones_are_made_from_loads(tmp_path):
-    (tmp_path / "chat.json").write_text(json.dumps(GOOD))
+@pytest.mark.parametrize("saved", [FIRST, GOOD])
+def test_the_files_that_the_hostile_ones_are_made_from_load(tmp_path, saved):
+    (tmp_path / "chat.json").write_text(json.dumps(saved))
     assert load_chat(tmp_path / "chat.json")[1].conversation.messages == (
         Message("user", "a"),
         Message("assistant", "b"),
@@ -118,8 +144,24 @@ def test_the_file_that_the_hostile_ones_are_made_from_loads(tmp_path):
         *(
             json.dumps(GOOD | change).encode()
             for change in (
+                {"messages": FIRST["messages"]},
+                {"messages": [{"parent": 0, "role": "user", "content": "a"}]},
+                {"messages": [{"parent": True, "role": "user", "content": "a"}]},
+                {"at": 3},
+                {"at": -1},
+                {"at": "1"},
+                {"dropped": None},
+                {"dropped": [3]},
+                {"settings": GOOD["settings"] | {"stop": "x"}},
+                {"settings": GOOD["settings"] | {"stop": [""]}},
+                {"settings": GOOD["settings"] | {"stop": ["\ud800"]}},
+            )
+        ),
+        *(
+            json.dumps(FIRST | change).encode()
+            for change in (
                 {"format": "other"},
-                {"version": 2},
+                {"version": 3},
                 {"model": None},
                 {"system": 3},
                 {"system": "\ud800"},
@@ -132,12 +174,12 @@ def test_the_file_that_the_hostile_ones_are_made_from_loads(tmp_path):
                 {"messages": [{"role": "user", "content": ""}]},
                 {"settings": None},
                 {"settings": {}},
-                {"settings": GOOD["settings"] | {"extra": 1}},
-                {"settings": GOOD["settings"] | {"temperature": "1"}},
-                {"settings": GOOD["settings"] | {"temperature": float("nan")}},
-                {"settings": GOOD["settings"] | {"temperature": 10**400}},
-                {"settings": GOOD["settings"] | {"top_k": True}},
-                {"settings": GOOD["settings"] | {"top_k": [1]}},
+                {"settings": FIRST["settings"] | {"extra": 1}},
+                {"settings": FIRST["settings"] | {"temperature": "1"}},
+                {"settings": FIRST["settings"] | {"temperature": float("nan")}},
+                {"settings": FIRST["settings"] | {"temperature": 10**400}},
+                {"settings": FIRST["settings"] | {"top_k": True}},
+                {"settings": FIRST["settings"] | {"top_k": [1]}},
             )
         ),
     ],
@@ -148,7 +190,7 @@ def test_a_broken_file_gives_one_sentence_and_changes_nothing(tmp_path, content)
     with pytest.raises(IntegrityError, match=r"^\S+chat\.json (is not|has)") as error:
         load_chat(path)
     assert "\n" not in error.value.message
-    before = ChatState(Conversation().with_system("kept"))
+    before = ChatState(system="kept")
     assert after(chat_with(), f"/load {path}", state=before) == before
 
 
@@ -159,10 +201,10 @@ JSON = st.recursive(
 )
 
 
-@given(key=st.sampled_from(sorted(GOOD)), value=JSON)
-def test_any_json_in_any_place_loads_or_is_refused(tmp_path_factory, key, value):
+@given(good=st.sampled_from([FIRST, GOOD]), key=st.sampled_from(sorted(GOOD)), value=JSON)
+def test_any_json_in_any_place_loads_or_is_refused(tmp_path_factory, good, key, value):
     path = tmp_path_factory.mktemp("chat") / "chat.json"
-    path.write_text(json.dumps(GOOD | {key: value}))
+    path.write_text(json.dumps(good | {key: value}))
     try:
         load_chat(path)
     except MistralError as error:

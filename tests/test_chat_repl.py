@@ -1,14 +1,19 @@
 """The chat's loop and commands, with a scripted model and user."""
 
 import signal
+from contextlib import suppress
 
 import pytest
-from scripted_chat import after, chat_with, said
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_chat import after, chat_with, continued, said, talk
 
 from mistralcli.cli.chat.commands import COMMANDS
 from mistralcli.cli.chat.file import load_chat
-from mistralcli.cli.chat.repl import is_open, message_in, run_repl
-from mistralcli.cli.chat.state import SETTINGS, ChatState, settings_of, with_setting
+from mistralcli.cli.chat.inputs import as_input, is_open, message_in
+from mistralcli.cli.chat.repl import run_repl
+from mistralcli.cli.chat.settings import SETTINGS, settings_of, with_setting
+from mistralcli.cli.chat.state import ChatState
 from mistralcli.errors import ContextOverflowError, MistralError
 
 
@@ -27,6 +32,11 @@ from mistralcli.errors import ContextOverflowError, MistralError
 )
 def test_an_input_is_a_message_or_a_command(text, message):
     assert message_in(text) == message
+
+
+@given(st.text(alphabet='/"a \n', min_size=1).filter(str.strip))
+def test_a_message_that_is_typed_again_is_the_same(message):
+    assert message_in(as_input(message)).strip("\n") == message.strip("\n")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +114,7 @@ def interrupt_after(terminal, n_pieces):
     return write
 
 
-@pytest.mark.parametrize("last_shown", ["\n", "(cut off at max_tokens 2)"])
+@pytest.mark.parametrize("last_shown", ["\n", "(cut off at max_tokens 2) /continue goes on"])
 def test_ctrl_c_between_the_answer_and_the_prompt_takes_nothing_with_it(last_shown):
     chat = chat_with(["Once", " upon", " a", " time"], ["again"])
     chat.terminal.inputs = ["/set max_tokens 2", "Tell me a story", "go on"]
@@ -131,13 +141,24 @@ def test_ctrl_c_stops_an_answer_by_its_signal_too():
     assert chat.session.asked[-1].messages[1].content == "Once upon"
 
 
-def test_an_unforeseen_error_saves_the_conversation_and_says_where(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def test_an_unforeseen_error_says_that_the_conversation_is_saved():
     chat = chat_with(["Hi"], [ZeroDivisionError()])
-    chat.terminal.inputs = ["Hello", "and then?"]
     with pytest.raises(ZeroDivisionError):
-        run_repl(chat, ChatState())
-    (path,) = (tmp_path / "mistral").iterdir()
+        talk(chat, "Hello", "and then?")
+    assert "--continue" in chat.terminal.notes[-1]
+    resumed = chat.store.latest()
+    assert (resumed.first, resumed.n_messages) == ("Hello", 2)
+
+
+def test_an_unforeseen_error_saves_a_conversation_without_session_in_a_file_and_says_where(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "sessions").touch()  # where the directory should be
+    chat = chat_with(["Hi"], [ZeroDivisionError()], directory=tmp_path / "sessions")
+    with pytest.raises(ZeroDivisionError):
+        talk(chat, "Hello", "and then?")
+    (path,) = (tmp_path / "state" / "mistral").iterdir()
     assert str(path) in chat.terminal.notes[-1]
     assert said(load_chat(path)[1]) == [("user", "Hello"), ("assistant", "Hi")]
 
@@ -145,11 +166,20 @@ def test_an_unforeseen_error_saves_the_conversation_and_says_where(tmp_path, mon
 def test_an_unforeseen_error_is_raised_also_when_the_conversation_cannot_be_saved(tmp_path, monkeypatch):
     (tmp_path / "mistral").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    chat = chat_with(["Hi"], [ZeroDivisionError()])
-    chat.terminal.inputs = ["Hello", "and then?"]
+    chat = chat_with(["Hi"], [ZeroDivisionError()], directory=tmp_path / "mistral")
     with pytest.raises(ZeroDivisionError):
-        run_repl(chat, ChatState())
+        talk(chat, "Hello", "and then?")
     assert "cannot be made" in chat.terminal.notes[-1]
+
+
+@pytest.mark.parametrize("end", [SystemExit(143), MistralError("memory ran out"), ZeroDivisionError()])
+def test_what_came_of_an_answer_is_in_the_session_whatever_ends_it(end):
+    chat = chat_with(["Once", " upon", end])
+    with suppress(SystemExit, ZeroDivisionError):
+        talk(chat, "Tell me a story")
+    _, resumed = continued(chat)
+    assert said(resumed.state) == [("user", "Tell me a story"), ("assistant", "Once upon")]
+    assert resumed.state.tree.last.unfinished
 
 
 def test_a_message_stopped_before_its_answer_comes_back_as_the_draft():
@@ -166,14 +196,16 @@ def test_a_message_that_does_not_fit_comes_back_as_the_draft_and_changes_nothing
     run_repl(chat, before)
     assert chat.terminal.drafts == ["", "//too long", ""]
     assert [m.content for m in chat.session.asked[-1].messages] == ["Hello", "Hi", "shorter"]
-    assert "600 tokens" in chat.terminal.notes[0]
-    assert "/undo" in chat.terminal.notes[0]
+    assert "does not fit" in chat.terminal.notes[1]
 
 
 def test_an_answer_that_was_cut_off_says_where():
     chat = chat_with(["1", "2", "3"])
     after(chat, "/set max_tokens 2", "Count")
-    assert (chat.terminal.shown, chat.terminal.notes[-1]) == ("12\n", "(cut off at max_tokens 2)")
+    assert (chat.terminal.shown, chat.terminal.notes[-1]) == (
+        "12\n",
+        "(cut off at max_tokens 2) /continue goes on",
+    )
 
 
 def test_an_empty_answer_is_an_error_and_not_a_message():
@@ -301,8 +333,8 @@ def test_what_takes_something_back_says_so():
     chat = chat_with(["a"], ["b"])
     after(chat, "1", "/undo", "2", "/clear")
     assert chat.terminal.notes == [
-        "the last message and its answer are taken back",
-        "all messages are forgotten",
+        "the last message and its answer are taken back; /branch has them",
+        "all messages are forgotten; /branch has them",
     ]
 
 
@@ -323,9 +355,9 @@ def test_stats_show_tokens_speed_context_and_cache():
     chat = chat_with(["Hi", " there"])
     after(chat, "Hello", "/stats")
     shown = "\n".join(chat.terminal.notes)
-    assert "4 tokens, 1 of them in the cache" in shown
+    assert "3 tokens, 1 of them in the cache" in shown
     assert "seed 7" in shown
-    assert "6 of 512 tokens" in shown
+    assert "5 of 512 tokens" in shown
     assert "5.0 MB" in shown
 
 

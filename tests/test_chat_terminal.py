@@ -16,7 +16,8 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from mistralcli.cli.chat.terminal import ChatCompleter, open_history
+from mistralcli.cli.chat.completion import ChatCompleter
+from mistralcli.cli.chat.history import open_history
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT_IS_UP = (
@@ -37,19 +38,23 @@ def model_dir(tiny_model_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """A user's environment; this terminal answers no questions about its cursor."""
-    ours = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+def environment(tmp_path, model_dir) -> dict[str, str]:
+    """A user's environment, with the small model as a build; this terminal answers no questions about its cursor."""
+    builds = tmp_path / "data" / "mistral" / "models"
+    builds.mkdir(parents=True)
+    (builds / "endless").symlink_to(model_dir)
+    ours = {f"XDG_{name}_HOME": str(tmp_path / name.lower()) for name in ("STATE", "DATA", "CONFIG")}
+    ours |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     foreign = ("MISTRAL_CLI_MODEL", "NO_COLOR", "FORCE_COLOR")
     return {name: value for name, value in os.environ.items() if name not in foreign} | ours
 
 
 @pytest.fixture
-def start(model_dir, environment) -> Start:
-    """Start `mistral chat` at a terminal of 80 columns, greedy, and wait for its prompt."""
+def start(environment) -> Start:
+    """Start `mistral chat` at a terminal of 80 columns, greedy, and wait for its prompt and then for its model."""
 
-    def start(*options: str, model: Path | str = model_dir, **changes: str) -> pexpect.spawn:
-        command = ["-m", "mistralcli", "chat", str(model), "-t", "0", *options]
+    def start(*options: str, model: str = "endless", **changes: str) -> pexpect.spawn:
+        command = ["-m", "mistralcli", "chat", model, "-t", "0", *options]
         child = pexpect.spawn(
             sys.executable,
             command,
@@ -59,7 +64,11 @@ def start(model_dir, environment) -> Start:
             timeout=60,
             dimensions=(24, 80),
         )
-        child.expect_exact(PROMPT_IS_UP if changes.get("TERM") != "dumb" else ">>> ")
+        if changes.get("TERM") == "dumb":
+            child.expect_exact(">>> ")
+        else:
+            child.expect_exact(PROMPT_IS_UP)
+            child.expect_exact("on cpu, context")
         return child
 
     return start
@@ -102,8 +111,7 @@ def messages(child: pexpect.spawn, path: Path, role: str) -> list[str]:
 
 def test_a_second_turn_finds_the_first_in_the_cache_and_ctrl_d_leaves_with_0(start):
     child = start("-n", "8")
-    assert "on cpu" in child.before
-    assert "context 32768" in child.before
+    child.expect_exact("32768")
     assert "(cut off at max_tokens 8)" in ask(child, "hello\r")
     n_first = int(re.search(r"prompt +(\d+) tokens", ask(child, "/stats\r"))[1])
     ask(child, "and again\r")
@@ -178,7 +186,7 @@ def test_what_was_typed_is_in_the_history_of_the_next_session_and_nobody_elses(s
 
 def test_a_message_that_does_not_fit_is_back_at_the_prompt(start, tmp_path):
     child = start("--ctx", "40", "-n", "1")
-    assert "a context of 40 leaves no room" in ask(child, f"short{' and long' * 60}\r")
+    assert "the context has 40 tokens" in ask(child, f"short{' and long' * 60}\r")
     ask(child, "\x01\x1b[C\x1b[C\x1b[C\x1b[C\x1b[C\x0b\r")  # to the start, five to the right, cut the rest
     assert messages(child, tmp_path / "chat.json", "user") == ["short"]
 
@@ -194,6 +202,7 @@ def test_a_signal_leaves_the_terminal_as_it_was(start, number, busy):
         child.expect(re.escape(PROMPT_IS_DONE) + r"[^\x1b]+")
     child.kill(number)
     child.expect(pexpect.EOF)
+    assert "Traceback" not in child.before
     modes = termios.tcgetattr(child.child_fd)[3]
     assert (modes & termios.ECHO, modes & termios.ICANON) == (termios.ECHO, termios.ICANON)
     assert not at_prompt[3] & termios.ECHO
@@ -204,6 +213,51 @@ def test_a_chat_ends_when_its_terminal_is_closed(start):
     child = start()
     child.ptyproc.fileobj.close()
     assert os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1]) == 128 + signal.SIGHUP
+
+
+def test_a_terminal_that_goes_without_a_signal_ends_the_chat_and_keeps_what_was_typed(environment, tmp_path):
+    command = f"trap '' HUP; exec '{sys.executable}' -m mistralcli chat demo 2> '{tmp_path}/errors'"
+    child = pexpect.spawn(
+        "/bin/sh", ["-c", command], env=environment, cwd=str(REPOSITORY), encoding="utf-8", timeout=60
+    )
+    child.expect_exact("on cpu")
+    child.send("not sent yet")
+    child.expect_exact("not sent yet")
+    child.ptyproc.fileobj.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1]) == 128 + signal.SIGHUP
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    assert "+not sent yet\n" in (tmp_path / "state" / "mistral" / "history").read_text()
+
+
+def test_what_is_typed_while_an_answer_comes_is_not_mixed_into_it_and_is_at_the_next_prompt(start, tmp_path):
+    child = start()
+    child.send("hello\r")
+    child.expect(re.escape(PROMPT_IS_DONE) + r"[^\x1b]+")
+    child.send("typed ahead")
+    child.send("\x03")
+    child.expect_exact(PROMPT_IS_UP)
+    assert "typed" not in child.before
+    child.expect_exact("typed ahead")
+    stop_answer(child, "")
+    assert messages(child, tmp_path / "chat.json", "user") == ["hello", "typed ahead"]
+
+
+def test_ctrl_r_finds_what_was_typed(start, tmp_path):
+    child = start("-n", "1")
+    ask(child, "find me again\r")
+    ask(child, "something else\r")
+    ask(child, "\x12find\r\r")
+    assert messages(child, tmp_path / "chat.json", "user")[-1] == "find me again"
+
+
+def test_continue_goes_on_with_the_last_chat_and_its_settings(start, tmp_path):
+    child = start("-n", "1")
+    ask(child, "the first question\r")
+    leave(child, "\x04")
+    child = start("--continue")
+    ask(child, "the second\r")
+    assert "(cut off at max_tokens 1)" in child.before
+    assert messages(child, tmp_path / "chat.json", "user") == ["the first question", "the second"]
 
 
 def test_a_dumb_terminal_gets_no_escape_sequences(start):
@@ -242,7 +296,7 @@ def test_answers_go_into_a_file_alone_while_the_user_types_at_a_terminal(model_d
     assert b"cut off" not in answers
 
 
-def piped(model_dir, environment, data: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+def piped(environment, data: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "mistralcli", "chat", *options]
     return subprocess.run(
         command, input=data, capture_output=True, env=environment, cwd=REPOSITORY, timeout=60
@@ -251,13 +305,32 @@ def piped(model_dir, environment, data: bytes, *options: str) -> subprocess.Comp
 
 def test_in_a_pipe_all_input_is_one_message_and_only_the_answer_comes_out(model_dir, environment):
     model = ("-m", str(model_dir), "-t", "0", "-n", "5")
-    piped_out = piped(model_dir, environment, b"/help\nis no command here\n", *model)
+    piped_out = piped(environment, b"/help\nis no command here\n", *model)
     run = [sys.executable, "-m", "mistralcli", "run", "-q", "/help\nis no command here", *model]
     once = subprocess.run(run, stdin=subprocess.DEVNULL, capture_output=True, env=environment, cwd=REPOSITORY)
     assert piped_out.returncode == 0
     assert piped_out.stdout == once.stdout != b""
     assert b"\x1b" not in piped_out.stdout + piped_out.stderr
     assert b"on cpu" in piped_out.stderr
+
+
+def test_in_a_pipe_continue_goes_on_with_the_last_message_too(environment, tmp_path):
+    first = piped(environment, b"What is 2 + 2?", "demo", "-t", "0", "-n", "5")
+    assert first.returncode == 0
+    second = piped(environment, b"And again?", "-c")
+    assert second.returncode == 0
+    assert b"demo" in second.stderr
+    (path,) = (tmp_path / "data" / "mistral" / "sessions").glob("*.jsonl")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    said = [(event["role"], event["content"]) for event in events if event["event"] == "message"]
+    assert said[:2] == [("user", "What is 2 + 2?"), ("assistant", first.stdout.decode())]
+    assert said[2:] == [("user", "And again?"), ("assistant", second.stdout.decode())]
+
+
+def test_continue_without_a_chat_before_says_so_and_begins_one(environment):
+    done = piped(environment, b"Hello", "-c", "-m", "demo", "-n", "3")
+    assert done.returncode == 0
+    assert b"no chat to go on with" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -272,7 +345,7 @@ def test_in_a_pipe_all_input_is_one_message_and_only_the_answer_comes_out(model_
 )
 def test_what_cannot_be_asked_is_a_usage_error(model_dir, environment, data, options, reason):
     options = tuple(str(model_dir) if option == "MODEL" else option for option in options)
-    result = piped(model_dir, environment, data, *options)
+    result = piped(environment, data, *options)
     assert result.returncode == 2
     assert reason in result.stderr
     assert result.stdout == b""
@@ -299,7 +372,7 @@ def completions(text):
 def test_commands_settings_and_files_are_completed(tmp_path, monkeypatch):
     (tmp_path / "trip.json").touch()
     monkeypatch.chdir(tmp_path)
-    assert completions("/s") == ["/system ", "/set ", "/save ", "/stats "]
+    assert completions("/s") == ["/system ", "/set ", "/save ", "/sessions ", "/stats "]
     assert completions("/set t") == ["temperature ", "top_p ", "top_k "]
     assert completions("/load tr") == ["ip.json"]
     assert completions("hel") == completions("/system x") == completions("/nothing ") == []

@@ -38,4 +38,4 @@ def test_without_the_flag_the_cache_is_of_the_type_that_is_computed_in(tiny_mode
     assert in_int8.plan.cache_bytes * 2 * head_dim == plain.plan.cache_bytes * (head_dim + 4)
     in_int8.engine.cache.reserve(256)
     assert in_int8.cache_bytes == in_int8.plan.cache_bytes
-    assert "MB of int8)" in in_int8.describe() and "int8" not in plain.describe()
+    assert "kB of int8)" in in_int8.describe() and "int8" not in plain.describe()

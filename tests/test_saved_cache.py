@@ -12,7 +12,7 @@ from program import assert_one_sentence, mistral
 from mistralcli.engine import Engine
 from mistralcli.errors import IntegrityError, UsageError
 from mistralcli.model import Transformer
-from mistralcli.saved_cache import load_cache, model_digest, save_cache
+from mistralcli.saved_cache import load_cache, model_digest, save_cache, saved_ids
 
 IDS = token_ids(150)
 AFTER = [*IDS, *token_ids(9, seed=2)]
@@ -45,6 +45,21 @@ def test_a_restored_cache_goes_on_as_the_one_that_was_saved(
     load_cache(tmp_path / "kv", second, model[1], AFTER)
     assert second.n_reusable(AFTER) == len(IDS)
     assert next_ids(second) == next_ids(first)
+
+
+def test_a_cache_that_was_rewound_before_it_was_saved_keeps_no_more_than_it_had(
+    model: tuple[Transformer, str], tmp_path: Path
+) -> None:
+    """In a ring of 47 slots position 199 has taken the slot of 152, which 184 would have to see."""
+    first, second = engine(model[0]), engine(model[0])
+    long = [*IDS, *IDS, *IDS][:200]
+    first.fill(long)
+    first.fill([*long[:190], *AFTER[-2:]])
+    save_cache(tmp_path / "kv", first, model[1])
+    load_cache(tmp_path / "kv", second, model[1], saved_ids(tmp_path / "kv", model[1]))
+    reusable = [(first.n_reusable(long[:n]), second.n_reusable(long[:n])) for n in range(2, 192)]
+    assert all(mine == theirs for mine, theirs in reusable)
+    assert reusable[180] == (0, 0) and reusable[-1] == (190, 190)
 
 
 def test_it_is_refused_for_another_model_another_text_and_another_kind_of_cache(

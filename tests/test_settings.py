@@ -429,6 +429,8 @@ def test_config_sets_and_unsets_and_keeps_what_the_user_wrote(
         ("set",),
         ("unset", "temperature"),
         ("unset", "--for", "x", "ctx"),
+        ("unset", "--for", "", "temperature"),
+        ("set", "--for", "", "temperature", "1"),
         ("unset", "top_k", "1"),
         ("get", "top_k"),
         ("set", "top_k", "1", "--json"),

@@ -1,12 +1,13 @@
 """What `run` and `chat` share: where a prompt comes from, loading a model, and a line of statistics."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistralcli.cli import console
 from mistralcli.demo import DEMO
-from mistralcli.errors import UsageError
+from mistralcli.errors import MistralError, UsageError
 
 if TYPE_CHECKING:
     from mistralcli.session import Completion, Session, SessionOptions
@@ -40,35 +41,68 @@ def read_text(path: Path) -> str:
     try:
         return console.decoded(path.read_bytes(), str(path))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", "check its name, and who may read it"
+        ) from None
 
 
 def _without_line_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":
-    """Resolve the model's name and load it, with a progress bar on a terminal; without a name, the built-in demo.
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model that is here and can be run: as the user named it, and where it is."""
+
+    name: str
+    directory: Path
+
+
+def choose_model(model: str | None, quiet: bool) -> ModelChoice:
+    """What the model's name means; without a name it is the built-in demo, and that is said.
 
     Raises:
         ModelNotFoundError: there is none of that name.
+        QualityError, IntegrityError: there is, but it is not to be run.
     """
+    from mistralcli import store
+
+    if model is not None:
+        return ModelChoice(model, store.resolve_to_run(model))
+    if not quiet:
+        console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
+    return ModelChoice(DEMO, store.resolve_demo())
+
+
+def load_session(model: str | None, options: "SessionOptions", quiet: bool) -> "Session":
+    """Choose the model and load it, with a progress bar on a terminal. Raises what `choose_model` raises."""
     from mistralcli import store
     from mistralcli.session import open_session
 
-    if model is None and not quiet:
-        console.note(f"no model was named, so the built-in demo answers; for a real one: {_PULL}")
-    name = DEMO if model is None else model
-    directory = store.resolve_demo() if model is None else store.resolve_to_run(model)
-    store.note_use(directory)
-    with console.progress(f"loading {name}", quiet=quiet) as update:
+    choice = choose_model(model, quiet)
+    store.note_use(choice.directory)
+    with console.progress(f"loading {choice.name}", quiet=quiet) as update:
         return open_session(
-            directory, options, name=name, on_progress=update, on_note=_silent if quiet else console.note
+            choice.directory,
+            options,
+            name=choice.name,
+            on_progress=update,
+            on_note=_silent if quiet else console.note,
         )
 
 
 def _silent(message: str) -> None:
     """What --quiet says."""
+
+
+def warn_if_missing(model: str) -> None:
+    """Say what a run of a model that is named now, and may be pulled later, would be refused with."""
+    from mistralcli import store
+
+    try:
+        store.resolve(model)
+    except MistralError as error:
+        console.warn(error.message + (f"; {error.hint}" if error.hint else ""))
 
 
 def note_end(completion: "Completion") -> None:

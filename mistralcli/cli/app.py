@@ -29,7 +29,7 @@ class CommandSpec:
     summary: str
 
 
-_COMMANDS = {
+COMMANDS = {
     "run": CommandSpec(
         "mistralcli.cli.commands.run:run", "Answer one prompt, from the argument, a file or a pipe."
     ),
@@ -45,6 +45,12 @@ _COMMANDS = {
     "alias": CommandSpec("mistralcli.cli.commands.alias:alias", "Give a model another name."),
     "config": CommandSpec(
         "mistralcli.cli.commands.config:config", "Show and set defaults, and where each comes from."
+    ),
+    "tokenize": CommandSpec(
+        "mistralcli.cli.commands.tokenize:tokenize", "Show the tokens of a text as a model sees them."
+    ),
+    "template": CommandSpec(
+        "mistralcli.cli.commands.template:template", "Show what a model really receives for a prompt."
     ),
     "bench": CommandSpec(
         "mistralcli.cli.commands.bench:bench", "Measure how fast a model runs on this machine."
@@ -65,7 +71,8 @@ class LazyCommand(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
         command = load_command(self.name)
-        if any("--model" in param.opts for param in command.params):
+        is_completing = extra.get("resilient_parsing", False)
+        if not is_completing and any("--model" in param.opts for param in command.params):
             from mistralcli.cli.defaults import defaults_of
 
             extra["default_map"] = defaults_of(command, info_name, args, parent)
@@ -76,30 +83,33 @@ class LazyGroup(TyperGroup):
     """The program's commands, in the table's order."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        spec = _COMMANDS.get(cmd_name)
+        spec = COMMANDS.get(cmd_name)
         return None if spec is None else LazyCommand(cmd_name, callback=None, help=spec.summary)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:  # which is a shell asking for completions
         typer.echo(f"mistral {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+SUMMARY = "Run Mistral models on your own machine: pull, quantize, run, chat."
+
+
+@app.callback(help=SUMMARY)
 def mistral(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Run Mistral models on your own machine: pull, quantize, run, chat."""
+    """What is said before a command."""
 
 
 def load_command(name: str) -> Any:
@@ -107,7 +117,7 @@ def load_command(name: str) -> Any:
 
     A target that is a table of functions, by name, becomes a command with commands of its own.
     """
-    spec = _COMMANDS[name]
+    spec = COMMANDS[name]
     module, _, attribute = spec.target.partition(":")
     target = getattr(importlib.import_module(module), attribute)
     app = typer.Typer(
@@ -162,11 +172,17 @@ def _open_standard_streams() -> None:
         raise UsageError("standard output is closed", "open it; what is not wanted can go to /dev/null")
 
 
+def _program() -> str:
+    """What the program was called as. Shells complete by that name, so `python -m mistralcli` goes by the usual one."""
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119
+    return name if name in ("mistral", "mistral-cli") else "mistral"
+
+
 def main() -> int:
     """Run the program and return its exit code; every known failure is one sentence on stderr, never a traceback."""
     try:
         _open_standard_streams()
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name=_program())
         sys.stdout.flush()
     except MistralError as error:
         show_error(error)

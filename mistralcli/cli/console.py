@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol, TextIO
@@ -81,13 +81,26 @@ def write_out(text: str) -> None:
 
     Raises BrokenPipeError when nobody reads any more; `mistralcli.cli.app.main` turns it into exit code 141.
     """
-    if is_terminal(sys.stdout):
-        data = printable(text).encode(sys.stdout.encoding, errors="backslashreplace")
-    else:
-        data = text.encode("utf-8", errors="replace")
-    sys.stdout.flush()  # what was printed before comes first
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    write_styled([(text, "")], sys.stdout)
+
+
+def write_styled(parts: Iterable[tuple[str, str]], stream: TextIO) -> None:
+    """Write pieces of text as `write_out` does, each with its style where the stream may be coloured.
+
+    A style is what stands between `ESC [` and `m` ("1;32"), or nothing.
+    """
+    shown, color = is_terminal(stream), has_color(stream)
+    text = "".join(
+        _styled(printable(text) if shown else text, style if color else "") for text, style in parts
+    )
+    data = text.encode(stream.encoding, "backslashreplace") if shown else text.encode("utf-8", "replace")
+    stream.flush()  # what was printed before comes first
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def _styled(text: str, style: str) -> str:
+    return f"\x1b[{style}m{text}\x1b[0m" if style else text
 
 
 def read_in() -> str:

@@ -56,10 +56,12 @@ def defaults_of(command: Any, info_name: str | None, args: Sequence[str], parent
     files = read_settings()
     model = given.get("named") or given.get("model") or default_model(files)
     found: dict[str, Any] = {} if model is None else {"model": model}
-    if names >= SETTINGS.keys():
+    if (
+        "system" in names
+    ):  # run and chat, which take all settings, and template, which shows what they would send
         params = {param.name: param for param in command.params}
         for key, setting in effective(files, model).items():
-            if not any(given.get(flag) for flag in _REPLACED_BY.get(key, ())):
+            if key in params and not any(given.get(flag) for flag in _REPLACED_BY.get(key, ())):
                 checked(params[key], setting)
                 found[key] = as_argument(setting.value)
     return found

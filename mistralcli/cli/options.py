@@ -1,10 +1,12 @@
 """Options that several commands share, so that a flag means the same everywhere."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from mistralcli.cli.completion import model_names
 from mistralcli.errors import UsageError
 from mistralcli.units import parse_size
 
@@ -30,6 +32,7 @@ def stop_texts(parameter: typer.CallbackParam, values: list[str] | None) -> list
     return values
 
 
+PROMPT_PANEL = "Prompt"
 _SAMPLING = "Sampling"
 _ENGINE = "Engine"
 
@@ -40,9 +43,45 @@ Model = Annotated[
         "--model",
         envvar="MISTRAL_CLI_MODEL",
         help="A Hub id, an alias, a build's name, or a directory.",
+        autocompletion=model_names,
+    ),
+]
+NamedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hub id, an alias, a build's name, or a directory.",
+        autocompletion=model_names,
     ),
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", callback=utf8_text)]
+SystemFile = Annotated[
+    Path | None,
+    typer.Option("--system-file", help="Read the system prompt from a file.", rich_help_panel=PROMPT_PANEL),
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw", help="Continue the text as it is, without a chat template.", rich_help_panel=PROMPT_PANEL
+    ),
+]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools",
+        help="A JSON file of functions; the model's calls are printed as JSON.",
+        rich_help_panel=PROMPT_PANEL,
+    ),
+]
+TemplateVars = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-vars",
+        metavar="NAME=VALUE",
+        help="A variable for the chat template, its value in JSON or a text (several times).",
+        rich_help_panel=PROMPT_PANEL,
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option(

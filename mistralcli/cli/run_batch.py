@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mistralcli.cli import console
 from mistralcli.cli.answers import load_session, read_text
 from mistralcli.cli.run_prompt import Grammar
-from mistralcli.conversation import Conversation, Message
+from mistralcli.conversation import Conversation, parse_messages
 from mistralcli.errors import MistralError, QualityError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mistralcli.session import Session, SessionOptions
 
 _KEYS = {"id", "prompt", "messages", "system", "max_tokens", "seed", "temperature", "stop"}
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -241,20 +240,10 @@ def _conversation(asked: dict[str, Any], system: str | None) -> Conversation:
     if ("prompt" in asked) == ("messages" in asked):
         raise UsageError("the line needs a prompt or messages", "and not both")
     messages = asked.get("messages", [{"role": "user", "content": asked.get("prompt")}])
-    if not isinstance(messages, list):
-        raise UsageError("messages must be a list")
-    found = []
-    for message in messages:
-        role, content = (
-            message.get(key) if isinstance(message, dict) else None for key in ("role", "content")
-        )
-        if role not in _ROLES or not isinstance(content, str):
-            raise UsageError(f"a message must have a role ({', '.join(_ROLES)}) and a text as its content")
-        found.append(Message(role, content))
     own_system = asked.get("system", system)
     if own_system is not None and not isinstance(own_system, str):
         raise UsageError("system must be a text")
-    conversation = Conversation.of(found)
+    conversation = parse_messages(messages)
     return conversation.with_system(own_system) if own_system is not None else conversation
 
 

@@ -1,21 +1,26 @@
 """The commands of a chat: `/name argument`. Each makes a new state, or raises and changes nothing."""
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from mistralcli.cli.chat.file import load_chat, save_chat
-from mistralcli.cli.chat.state import SETTINGS, Chat, ChatState, settings_of, with_setting
-from mistralcli.conversation import Conversation
+from mistralcli.cli.chat import branch_commands as branches
+from mistralcli.cli.chat import file_commands as files
+from mistralcli.cli.chat.ledger import ledger_of
+from mistralcli.cli.chat.settings import SETTINGS, settings_of, with_setting
+from mistralcli.cli.chat.state import Chat, ChatState
 from mistralcli.errors import UsageError
-from mistralcli.session import Completion
+
+if TYPE_CHECKING:
+    from mistralcli.session import Completion
 
 
 @dataclass(frozen=True)
 class Command:
-    """`argument` shows what follows the name: nothing, `FILE` (needed) or `[TEXT]` (optional)."""
+    """`argument` shows what follows the name: nothing, `FILE` or `N` (needed), or `[TEXT]` (optional)."""
 
     argument: str
     help: str
@@ -34,8 +39,9 @@ def run_command(chat: Chat, state: ChatState, line: str) -> ChatState:
     command = COMMANDS[name]
     if argument and not command.argument:
         raise UsageError(f"/{name} takes nothing after it, not {argument!r}")
-    if not argument and command.argument == "FILE":
-        raise UsageError(f"/{name} needs the name of a file")
+    if not argument and command.argument and not command.argument.startswith("["):
+        needed = "the name of a file" if command.argument == "FILE" else f"{command.argument} after it"
+        raise UsageError(f"/{name} needs {needed}")
     return command.run(chat, state, argument)
 
 
@@ -66,28 +72,30 @@ def _exit(chat: Chat, state: ChatState, argument: str) -> ChatState:
     return replace(state, leaving=True)
 
 
-def _clear(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    chat.terminal.note("all messages are forgotten")
-    return replace(state, conversation=Conversation().with_system(state.system), last=None)
-
-
 def _system(chat: Chat, state: ChatState, argument: str) -> ChatState:
     if not argument:
         chat.terminal.note(state.system or "there is no system prompt")
         return state
     system = None if argument == "none" else argument
     chat.terminal.note("the system prompt is " + ("removed" if system is None else "set"))
-    return replace(state, conversation=state.conversation.with_system(system))
+    return replace(state, system=system)
 
 
 def _set(chat: Chat, state: ChatState, argument: str) -> ChatState:
     name, value, *_ = (*argument.split(maxsplit=1), "", "")
+    name = name.removeprefix("--").replace("-", "_")
     if value or name not in ("", *SETTINGS):
-        state = with_setting(state, name, _number(name, value))
-    for setting, number in settings_of(state).items():
+        state = with_setting(state, name, _texts(value) if name == "stop" else _number(name, value))
+    for setting, present in settings_of(state).items():
         if name in ("", setting):
-            chat.terminal.note(f"{setting:<14}  {'none' if number is None else number}")
+            chat.terminal.note(f"{setting:<14}  {_shown(present)}")
     return state
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(json.dumps(text, ensure_ascii=False) for text in value) or "none"
+    return "none" if value is None else str(value)
 
 
 def _number(name: str, text: str) -> int | float | None:
@@ -101,61 +109,55 @@ def _number(name: str, text: str) -> int | float | None:
     raise UsageError(f"{text!r} is no value for {name}", "/set NAME VALUE takes a number, or none")
 
 
-def _undo(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    conversation = _without_last(state.conversation, 2)
-    chat.terminal.note("the last message and its answer are taken back")
-    return replace(state, conversation=conversation, last=None)
+def _texts(text: str) -> list[Any]:
+    """One text as it is typed, or in quotes, or several as a JSON list."""
+    if text == "none":
+        return []
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    return value if isinstance(value, list) else [value if isinstance(value, str) else text]
 
 
-def _retry(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    """The conversation then ends with the user's message, which is answered as a new one would be."""
-    return replace(state, conversation=_without_last(state.conversation, 1))
-
-
-def _without_last(conversation: Conversation, n_messages: int) -> Conversation:
-    """`conversation` without the answer (1) or the answer and its question (2) that it ends with."""
-    if not conversation.messages or conversation.messages[-1].role != "assistant":
-        raise UsageError("there is no answer yet")
-    return Conversation(conversation.messages[:-n_messages])
-
-
-def _save(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    path = _file(argument)
-    save_chat(path, chat.session.name, state)
-    chat.terminal.note(f"saved in {path}")
+def _model(chat: Chat, state: ChatState, argument: str) -> ChatState:
+    if argument:
+        chat.model.switch(argument)
+    chat.terminal.note(chat.model.describe())
     return state
 
 
-def _load(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    model, loaded = load_chat(_file(argument))
-    if model != chat.session.name:
-        chat.terminal.note(f"it was held with {model}, and goes on with {chat.session.name}")
-    chat.terminal.note(f"loaded {len(loaded.conversation.messages)} messages")
-    return loaded
-
-
-def _file(argument: str) -> Path:
-    """The path that a user means, who may write ~ for a home."""
-    try:
-        path = Path(argument).expanduser()
-    except RuntimeError:
-        raise UsageError(f"{argument}: nobody of that name has a home here") from None
-    if "\0" in argument:
-        raise UsageError(f"{argument} cannot be the name of a file")
-    return path
+def _tokens(chat: Chat, state: ChatState, argument: str) -> ChatState:
+    """By message, and all that the chat format adds to them in one line."""
+    session = chat.session
+    ledger = ledger_of(session, state)
+    n_in_text = 0
+    for number, index in enumerate(state.tree.path(), 1):
+        message = state.tree.nodes[index].message
+        n_tokens = len(session.tokenizer.encode(message.content))
+        n_in_text += n_tokens if index in state.sent else 0
+        kind = message.role if index in state.sent else "dropped"
+        chat.terminal.note(f"{number:>4}  {kind:<9}  {n_tokens:>7,}  {branches.beginning(message.content)}")
+    n_system = len(session.tokenizer.encode(state.system)) if state.system else 0
+    if n_system:
+        chat.terminal.note(f"      system     {n_system:>7,}")
+    chat.terminal.note(f"      format     {ledger.n_used - n_in_text - n_system:>7,}")
+    for line in ledger.sentences():
+        chat.terminal.note(line)
+    return state
 
 
 def _stats(chat: Chat, state: ChatState, argument: str) -> ChatState:
-    n_used = 0 if state.last is None else state.last.n_prompt + len(state.last.token_ids)
-    lines = ["there is no answer yet"] if state.last is None else _turn_stats(state.last)
-    lines.append(f"context   {n_used} of {chat.session.max_seq_len} tokens used")
+    lines = ["no answer has come since the chat began"] if state.last is None else _turn_stats(state.last)
+    ledger = ledger_of(chat.session, state)
+    lines.append(f"context   {ledger.n_used} of {ledger.n_ctx} tokens used")
     lines.append(f"cache     {chat.session.cache_bytes / 1e6:.1f} MB")
     for line in lines:
         chat.terminal.note(line)
     return state
 
 
-def _turn_stats(turn: Completion) -> list[str]:
+def _turn_stats(turn: "Completion") -> list[str]:
     n_new, n_answer = turn.n_prompt - turn.n_cached, len(turn.token_ids)
     decode = _rate(n_answer - 1, turn.timings.decode_s)  # the first token is the pre-fill's
     return [
@@ -173,13 +175,23 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "help": Command("", "show this", _help),
         "exit": Command("", "leave, as Ctrl-D does", _exit),
-        "clear": Command("", "forget all messages but the system prompt", _clear),
+        "clear": Command("", "begin again; what was said stays a branch", branches.clear),
         "system": Command("[TEXT]", "show or replace the system prompt; none removes it", _system),
         "set": Command("[NAME VALUE]", "show the settings, or change one of them", _set),
-        "undo": Command("", "take back the last message and its answer", _undo),
-        "retry": Command("", "answer the last message again", _retry),
-        "save": Command("FILE", "write the conversation and the settings to a file", _save),
-        "load": Command("FILE", "go on with a saved conversation", _load),
+        "model": Command("[NAME]", "show the model, or go on with another one", _model),
+        "file": Command("FILE", "add a file's text to the next message", files.attach),
+        "undo": Command("", "take back the last message and its answer", branches.undo),
+        "retry": Command("", "answer the last message again", branches.retry),
+        "edit": Command("N", "write message N anew; what followed it stays a branch", branches.edit),
+        "branch": Command("[N]", "list the branches, or go to one", branches.branch),
+        "continue": Command("", "go on with the last answer", branches.go_on),
+        "drop": Command("N", "send the model the N oldest turns no more", branches.drop),
+        "save": Command("FILE", "write the conversation and the settings to a file", files.save),
+        "load": Command("FILE", "go on with a saved chat, or with number N of /sessions", files.load),
+        "sessions": Command("", "list the sessions, the newest first", files.sessions),
+        "tokens": Command("", "show tokens by message, and what the model sees", _tokens),
         "stats": Command("", "show tokens, speed, context and memory", _stats),
+        "export": Command("md|json [FILE]", "write the messages for others to read", files.export),
+        "copy": Command("", "put the last answer into the clipboard", files.copy),
     }
 )

@@ -1,10 +1,12 @@
-"""Saved chats: one JSON object with the model's name, the system prompt, the messages and the settings.
+"""Saved chats: one JSON object with the model's name, the system prompt, the tree of messages and the settings.
 
-    {"format": "mistral-chat", "version": 1, "model": NAME, "system": TEXT or null,
-     "messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}, ...],
-     "settings": {"temperature": 0.7, ...}}
+    {"format": "mistral-chat", "version": 2, "model": NAME, "system": TEXT or null,
+     "messages": [{"parent": null, "role": "user", "content": TEXT},
+                  {"parent": 0, "role": "assistant", "content": TEXT, "unfinished": true}, ...],
+     "at": 1, "dropped": [], "settings": {"temperature": 0.7, ...}}
 
-Files come from anywhere, so every part of one is checked before any is used.
+`parent` and `at` count messages from 0. Version 1 had no branches: no `parent`, `at` and `dropped`, each message behind
+the one before it. Files come from anywhere, so every part of one is checked before any is used.
 """
 
 import json
@@ -17,14 +19,17 @@ from typing import Any
 
 from platformdirs import user_state_path
 
-from mistralcli.cli.chat.state import SETTINGS, ChatState, settings_of, with_setting
-from mistralcli.conversation import Conversation, Message, Role
+from mistralcli.cli.chat.events import node_json, place, text, with_dropped, with_node, with_settings
+from mistralcli.cli.chat.settings import settings_of
+from mistralcli.cli.chat.state import ChatState
+from mistralcli.cli.chat.tree import Tree
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
 
 MAX_SIZE_BYTES = 64 * 2**20
 """Far more than any context holds; larger files are refused unread."""
 
-_FORMAT = {"format": "mistral-chat", "version": 1}
+_FORMAT = "mistral-chat"
+_VERSION = 2
 
 
 def save_chat(path: Path, model: str, state: ChatState) -> None:
@@ -34,16 +39,15 @@ def save_chat(path: Path, model: str, state: ChatState) -> None:
         UsageError: `path` exists and is something else than a saved chat.
         DiskError: it cannot be written.
     """
-    messages = [
-        {"role": m.role, "content": m.content} for m in state.conversation.messages if m.role != "system"
-    ]
-    parts = {"model": model, "system": state.system, "messages": messages, "settings": settings_of(state)}
+    about = {"format": _FORMAT, "version": _VERSION, "model": model, "system": state.system}
+    messages = {"messages": [node_json(node) for node in state.tree.nodes], "at": state.tree.at}
+    rest = {"dropped": sorted(state.dropped), "settings": settings_of(state)}
     try:
         if path.exists() and not _is_saved_chat(path):
             raise UsageError(
                 f"{path} exists and is not a saved chat", "choose another name, or remove it first"
             )
-        _replace(path, json.dumps(_FORMAT | parts, ensure_ascii=False, indent=1) + "\n")
+        _replace(path, json.dumps(about | messages | rest, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -64,16 +68,16 @@ def load_chat(path: Path) -> tuple[str, ChatState]:
     """The name of the model that a chat was held with, and the chat. Raises MistralError for a bad file."""
     saved = _read_json(path)
     try:
-        return _text(saved, "model"), _state(saved)
+        return text(saved, "model"), _state(saved)
     except MistralError as error:
         raise IntegrityError(f"{path} is not a chat that can be loaded: {error.message}") from None
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
@@ -105,8 +109,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise MistralError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, an absurd number, or nested absurdly deep
         raise IntegrityError(f"{path} is not a saved chat: it is not JSON") from None
-    if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in _FORMAT.items()):
-        raise IntegrityError(f"{path} is not a saved chat of version {_FORMAT['version']}")
+    if not isinstance(saved, dict) or saved.get("format") != _FORMAT or saved.get("version") not in (1, 2):
+        raise IntegrityError(f"{path} is not a saved chat of version 1 or {_VERSION}")
     return saved
 
 
@@ -114,31 +118,13 @@ def _state(saved: dict[str, Any]) -> ChatState:
     messages = saved.get("messages")
     if not isinstance(messages, list):
         raise IntegrityError("messages is not a list")
-    conversation = Conversation.of(_message(message, index) for index, message in enumerate(messages))
-    system = None if saved.get("system") is None else _text(saved, "system")
-    return _with_settings(ChatState(conversation.with_system(system)), saved.get("settings"))
-
-
-def _message(message: object, index: int) -> Message:
-    """User and assistant take turns, the user first."""
-    role: Role = "assistant" if index % 2 else "user"
-    if not isinstance(message, dict) or message.get("role") != role:
-        raise IntegrityError(f"message {index + 1} is not the {role}'s")
-    return Message(role, _text(message, "content", f" of message {index + 1}"))
-
-
-def _text(holder: dict[str, Any], key: str, of_what: str = "") -> str:
-    text = holder.get(key)
-    if not isinstance(text, str) or not text:
-        raise IntegrityError(f"the {key}{of_what} is not text")
-    if not text.isascii() and text != text.encode("utf-8", errors="replace").decode("utf-8"):
-        raise IntegrityError(f"the {key}{of_what} holds half a surrogate pair")
-    return text
-
-
-def _with_settings(state: ChatState, settings: object) -> ChatState:
-    if not isinstance(settings, dict) or settings.keys() != SETTINGS.keys():
-        raise IntegrityError(f"settings must be {', '.join(SETTINGS)}")
-    for name, value in settings.items():
-        state = with_setting(state, name, value)
-    return state
+    tree = Tree()
+    for message in messages:
+        is_line = saved["version"] == 1 and isinstance(message, dict)
+        tree = with_node(tree, message | {"parent": tree.at} if is_line else message)
+    system = None if saved.get("system") is None else text(saved, "system")
+    dropped: frozenset[int] = frozenset()
+    if saved["version"] != 1:
+        tree = tree.move(place(tree, saved.get("at"), "the place"))
+        dropped = with_dropped(tree, saved.get("dropped"))
+    return with_settings(ChatState(tree, system, dropped=dropped), saved.get("settings"))

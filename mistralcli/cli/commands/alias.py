@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.answers import warn_if_missing
+from mistralcli.cli.completion import model_names
 from mistralcli.cli.tables import table
 from mistralcli.errors import UsageError
 
@@ -18,7 +20,8 @@ _HEADER = ("ALIAS", "MODEL", "FROM", "")
 def alias(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The other name.")] = None,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The model that it is to mean.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="The model that it is to mean.", autocompletion=model_names),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias NAME.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
@@ -54,7 +57,6 @@ def _list(as_json: bool) -> None:
 
 def _add(name: str, model: str) -> None:
     from mistralcli import store
-    from mistralcli.errors import MistralError
     from mistralcli.settings import edit_user_file
 
     target = store.alias_target(name, model)
@@ -64,10 +66,7 @@ def _add(name: str, model: str) -> None:
 
     path = edit_user_file(change)
     console.note(f"{name} now means {target}, in {path}")
-    try:
-        store.resolve(name)
-    except MistralError as error:
-        console.warn(error.message + (f"; {error.hint}" if error.hint else ""))
+    warn_if_missing(name)
 
 
 def _remove(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +78,7 @@ def bench(
     read = read_bandwidth(where, memory_limit) if where.type == "cuda" else None
     session = load_session(model, options, quiet)
     chosen = _chosen(default_options(where, quick), prompts, positions, n_tokens, repeats)
+    refuse_too_long(session.max_seq_len, prompts or (), positions or (), n_tokens, chosen.n_tokens)
     report = run_bench(session, chosen, _silent if quiet else _say_step, read).as_dict()
     if before is not None and not quiet:
         _warn_of_other_conditions(report, before)
@@ -85,6 +87,10 @@ def bench(
         console.write_out(json.dumps(report | changes, ensure_ascii=False) + "\n")
     else:
         _show(report, before)
+    if not quiet and any(row["bandwidth_share"] > 1 for row in report["decode"]):
+        console.note(
+            "more than 100%: what a step reads lies in the processor's caches, which are faster than memory"
+        )
 
 
 def _chosen(
@@ -103,6 +109,29 @@ def _chosen(
     )
 
 
+def refuse_too_long(
+    ctx: int, prompts: Sequence[int], positions: Sequence[int], n_asked: int | None, n_tokens: int
+) -> None:
+    """Raise UsageError for a length that was asked for and does not fit; lengths of our own give way to the context."""
+    if n_asked is not None and n_asked > max(2, ctx // 2):
+        raise UsageError(
+            f"runs of {n_asked} tokens are longer than half of the context of {ctx}",
+            "ask for a longer --ctx, or fewer --tokens",
+        )
+    for n_prompt in prompts:
+        if n_prompt >= ctx:
+            raise UsageError(
+                f"a prompt of {n_prompt} tokens and one behind it do not fit into a context of {ctx}",
+                "ask for a longer --ctx, or a shorter --prompt-tokens",
+            )
+    for position in positions:
+        if position + n_tokens > ctx:
+            raise UsageError(
+                f"{n_tokens} tokens behind {position} do not fit into a context of {ctx}",
+                "ask for a longer --ctx, or a lower --depth or --tokens",
+            )
+
+
 def _say_step(step: str) -> None:
     console.note(f"measuring {step}")
 
@@ -117,8 +146,10 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(console.decoded(path.read_bytes(), str(path)))
         speeds(report)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", "make one with: mistral bench --json > FILE"
+        ) from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UsageError(
             f"{path} is no report of mistral bench", "make one with: mistral bench --json > FILE"
         ) from None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.answers import warn_if_missing
+from mistralcli.cli.completion import model_names, setting_keys, settings_actions
 from mistralcli.cli.defaults import (
     Setting,
     checked,
@@ -32,14 +34,26 @@ _DEFAULT = "the program"
 def config(
     action: Annotated[
         str | None,
-        typer.Argument(metavar="[set|unset]", help="Change the user's file; without it, show all."),
+        typer.Argument(
+            metavar="[set|unset]",
+            help="Change the user's file; without it, show all.",
+            autocompletion=settings_actions,
+        ),
     ] = None,
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="`model`, or the name of a flag of run and chat.")
+        str | None,
+        typer.Argument(
+            metavar="[KEY]",
+            help="`model`, or the name of a flag of run and chat.",
+            autocompletion=setting_keys,
+        ),
     ] = None,
     value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="With set: its new default.")] = None,
     model: Annotated[
-        str | None, typer.Option("--for", metavar="MODEL", help="Defaults for this model alone.")
+        str | None,
+        typer.Option(
+            "--for", metavar="MODEL", help="Defaults for this model alone.", autocompletion=model_names
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
 ) -> None:
@@ -48,6 +62,10 @@ def config(
     A flag counts most, then MISTRAL_CLI_NAME in the environment, then .mistral.toml in the working directory or above
     it, then the user's file.
     """
+    if model == "":
+        raise UsageError(
+            "--for is empty", "name a model, or leave --for out: the setting is then for all models"
+        )
     if action is None:
         return _show(model, as_json)
     if as_json or key is None or action not in ("set", "unset") or (value is None) == (action == "set"):
@@ -70,6 +88,8 @@ def _set(key: str, value: str, model: str | None) -> None:
 
     path = edit_user_file(change)
     console.note(f"{key} is {written!r}{f' for {model}' if model else ''}, in {path}")
+    if key == "model":
+        warn_if_missing(value)
 
 
 def _unset(key: str, model: str | None) -> None:

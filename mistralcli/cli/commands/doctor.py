@@ -39,10 +39,8 @@ def doctor(
 def _write(finding: "Finding") -> None:
     """Status, name and message in columns; below the message what to do."""
     status = finding.status.ljust(_STATUS_WIDTH)
-    if console.has_color(sys.stdout):
-        sys.stdout.write(f"\x1b[{_COLORS[finding.status]}m{status}\x1b[0m")
-        status = ""
-    console.write_out(f"{status}{finding.name:<{_NAME_WIDTH}}{_one_line(finding.message)}\n")
+    line = f"{finding.name:<{_NAME_WIDTH}}{_one_line(finding.message)}\n"
+    console.write_styled([(status, _COLORS[finding.status]), (line, "")], sys.stdout)
     if finding.hint:
         console.write_out(f"{'':{_STATUS_WIDTH + _NAME_WIDTH}}{_one_line(finding.hint)}\n")
 

@@ -9,14 +9,13 @@ import typer
 
 from mistralcli.cli import console
 from mistralcli.cli.answers import read_text
-from mistralcli.cli.options import Device, Threads
+from mistralcli.cli.options import Device, NamedModel, Threads
 
 if TYPE_CHECKING:
     from mistralcli.evaluate import Divergence, Estimate, Perplexity
     from mistralcli.layerwise import LayerwiseModel
     from mistralcli.tokenizer import Tokenizer
 
-_Model = Annotated[str, typer.Argument(help="A Hub id, a local build's name, or a directory.")]
 _File = Annotated[Path, typer.Argument(help="Any text in UTF-8; - is standard input.")]
 _Window = Annotated[
     int | None,
@@ -39,7 +38,7 @@ _Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stde
 
 
 def ppl(
-    model: _Model,
+    model: NamedModel,
     file: _File,
     window: _Window = None,
     stride: _Stride = None,
@@ -67,7 +66,7 @@ def ppl(
 
 
 def kl(
-    model: _Model,
+    model: NamedModel,
     file: _File,
     base: Annotated[str, typer.Option("--base", help="The model to compare with: a build's source.")],
     window: _Window = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.completion import model_names
 from mistralcli.errors import DiskError, NotEnoughMemoryError, UsageError
 from mistralcli.units import parse_size
 from quant.files import MISTRAL_TOKENIZERS, matches
@@ -34,7 +35,9 @@ class _Limits:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A Hub id, or a directory with a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, or a directory with a checkpoint.", autocompletion=model_names)
+    ],
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", help="The build's name; with a path separator, its directory."),

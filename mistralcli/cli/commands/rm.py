@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.completion import stored_names
 from mistralcli.errors import UsageError
 from mistralcli.units import size_text
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
 
 def rm(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL[@REVISION]", help="A name that `mistral list` shows.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL[@REVISION]",
+            help="A name that `mistral list` shows.",
+            autocompletion=stored_names,
+        ),
     ] = None,
     everything: Annotated[
         bool,

@@ -10,6 +10,7 @@ from mistralcli.cli.answers import load_session, read_prompt
 from mistralcli.cli.options import (
     DEFAULT_TEMPERATURE,
     KV,
+    PROMPT_PANEL,
     Chunk,
     Ctx,
     Device,
@@ -19,12 +20,16 @@ from mistralcli.cli.options import (
     MemoryLimit,
     MinP,
     Model,
+    Raw,
     RepeatPenalty,
     Seed,
     Slack,
     System,
+    SystemFile,
     Temperature,
+    TemplateVars,
     Threads,
+    Tools,
     TopK,
     TopP,
     stop_texts,
@@ -39,7 +44,6 @@ from mistralcli.errors import UsageError
 _JOBS = 8
 """Sequences of a batch, which share each reading of the weights: more gain little on a CPU and take more cache."""
 
-_PROMPT = "Prompt"
 _OUTPUT = "Output"
 
 
@@ -53,20 +57,12 @@ def run(
         Path | None, typer.Option("-f", "--file", help="Read the prompt from a file; `-` is standard input.")
     ] = None,
     system: System = None,
-    system_file: Annotated[
-        Path | None,
-        typer.Option("--system-file", help="Read the system prompt from a file.", rich_help_panel=_PROMPT),
-    ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Continue the text as it is, without a chat template.", rich_help_panel=_PROMPT
-        ),
-    ] = False,
+    system_file: SystemFile = None,
+    raw: Raw = False,
     fim: Annotated[
         bool,
         typer.Option(
-            "--fim", help="Fill in what comes between the prompt and --suffix.", rich_help_panel=_PROMPT
+            "--fim", help="Fill in what comes between the prompt and --suffix.", rich_help_panel=PROMPT_PANEL
         ),
     ] = False,
     suffix: Annotated[
@@ -75,32 +71,17 @@ def run(
             "--suffix",
             help="With --fim: the text after the gap.",
             callback=utf8_text,
-            rich_help_panel=_PROMPT,
+            rich_help_panel=PROMPT_PANEL,
         ),
     ] = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            "--tools",
-            help="A JSON file of functions; the model's calls are printed as JSON.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    template_vars: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template-vars",
-            metavar="NAME=VALUE",
-            help="A variable for the chat template, its value in JSON or a text (several times).",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
+    tools: Tools = None,
+    template_vars: TemplateVars = None,
     prefix_cache: Annotated[
         Path | None,
         typer.Option(
             "--prefix-cache",
             help="Keep what the system prompt computes in this file, and take it from there the next time.",
-            rich_help_panel=_PROMPT,
+            rich_help_panel=PROMPT_PANEL,
         ),
     ] = None,
     overflow: Annotated[
@@ -109,7 +90,7 @@ def run(
             "--overflow",
             metavar="error|head|tail",
             help="When the prompt is too long: fail, or keep the head or the tail of its text and say so.",
-            rich_help_panel=_PROMPT,
+            rich_help_panel=PROMPT_PANEL,
         ),
     ] = "error",
     max_tokens: MaxTokens = None,
@@ -281,7 +262,10 @@ def _overflow(value: str) -> Overflow:
     for known in ("error", "head", "tail"):
         if value == known:
             return known
-    raise UsageError(f"--overflow is {value}; it must be error, head or tail")
+    raise UsageError(
+        f"--overflow is {value}; it must be error, head or tail",
+        "without it a prompt that is too long is refused",
+    )
 
 
 def _suffix(fim: bool, suffix: str | None) -> str | None:

@@ -8,7 +8,7 @@ import typer
 
 from mistralcli.cli import console
 from mistralcli.cli.card_text import card_rows
-from mistralcli.cli.options import Chunk, Ctx, Device, DType, Slack
+from mistralcli.cli.options import Chunk, Ctx, Device, DType, NamedModel, Slack
 from mistralcli.units import size_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(
-    model: Annotated[str, typer.Argument(help="A Hub id, a local build's name, or a directory.")],
+    model: NamedModel,
     ctx: Ctx = None,
     chunk: Chunk = None,
     slack: Slack = None,

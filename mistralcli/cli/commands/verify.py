@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistralcli.cli import console
+from mistralcli.cli.options import NamedModel
 from mistralcli.errors import IntegrityError
 from mistralcli.units import size_text
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="A Hub id, a local build's name, or a directory.")],
+    model: NamedModel,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing on stderr but errors.")] = False,
 ) -> None:

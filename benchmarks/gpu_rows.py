@@ -55,7 +55,7 @@ def timing(kernel: str, bits: int, n_rows: int, task: Task, n_layers: int) -> Ti
         weight = chain.weights[task.place][0]
         blocking = blocking_for(weight, n_rows, torch.cuda.get_device_capability(), chain.kernel)
         error = error_of(weight, bits, n_rows)
-        return Timing(error, chain.time_us({task.place: blocking}, only=task.place), weight.size_bytes)
+        return Timing(error, chain.time_us(task.place, blocking), weight.size_bytes)
 
 
 def compile_one(job: tuple[str, int, int, Task]) -> None:

@@ -59,7 +59,7 @@ def tasks(shape: dict[str, int]) -> list[Task]:
 
 
 class Chain:
-    """The matmuls of some layers with random weights, and a head; or one of these alone."""
+    """The matmuls of some layers with random weights, and a head; or `only` one of these."""
 
     def __init__(
         self, shape: dict[str, int], bits: int, n_rows: int, n_layers: int, only: str | None = None
@@ -80,17 +80,14 @@ class Chain:
         self.norm_weight = torch.ones(shape["dim"], device="cuda")
         self.counters = torch.zeros(shape["hidden_dim"] // 32, dtype=torch.int32, device="cuda")
         self.n_layers = n_layers
-        self.n_rows, self.bits = n_rows, bits
 
-    def run(self, blockings: dict[str, Blocking], only: str | None = None) -> None:
+    def run(self, place: str, blocking: Blocking) -> None:
+        """One matrix alone, of each layer."""
+        task = next(task for task in self.tasks if task.place == place)
         for layer in range(self.n_layers):
-            for task in self.tasks:
-                if only == task.place or (only is None and task.place != "head"):
-                    self.launch(
-                        task, self.weights[task.place][layer % len(self.weights[task.place])], blockings
-                    )
+            self.launch(task, self.weights[place][layer % len(self.weights[place])], blocking)
 
-    def launch(self, task: Task, weight: Weight, blockings: dict[str, Blocking]) -> None:
+    def launch(self, task: Task, weight: Weight, blocking: Blocking) -> None:
         y = self.outputs[task.place]
         matvec(
             self.inputs[task.in_features],
@@ -100,13 +97,13 @@ class Chain:
             norm_weight=self.norm_weight,
             next_x=None if task.epilogue == "store" else self.inputs[task.out_features],
             counters=self.counters,
-            blocking=blockings[task.place],
+            blocking=blocking,
             pdl=torch.cuda.get_device_capability() >= (9, 0),
         )
 
-    def time_us(self, blockings: dict[str, Blocking], only: str | None = None) -> float:
-        """Microseconds of one layer (or of one matrix alone), the median of several graphs' replays."""
-        return graph_us(lambda: self.run(blockings, only)) / self.n_layers
+    def time_us(self, place: str, blocking: Blocking) -> float:
+        """Microseconds of one matrix alone, the median of several graphs' replays."""
+        return graph_us(lambda: self.run(place, blocking)) / self.n_layers
 
 
 def random_weight(task: Task, bits: int) -> Weight:
@@ -188,7 +185,7 @@ def compile_one(job: tuple[str, int, int, str, Blocking]) -> str | None:
         key = (shape, bits, n_rows)
         if key not in _chains:
             _chains[key] = Chain(SHAPES[shape], bits, n_rows, 1)
-        _chains[key].run({place: blocking}, only=place)
+        _chains[key].run(place, blocking)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001  a candidate that cannot run is no candidate
         return f"{job}: {error!r}"[:200]
@@ -203,7 +200,7 @@ def tune(shape: str, bits: int, n_rows: int) -> dict[str, Blocking]:
         timed = []
         for blocking in candidates(task, bits, n_rows):
             try:
-                timed.append((chain.time_us({task.place: blocking}, only=task.place), blocking))
+                timed.append((chain.time_us(task.place, blocking), blocking))
             except Exception:  # noqa: BLE001  as in compile_one
                 continue
         timed.sort(key=lambda entry: entry[0])

@@ -15,6 +15,7 @@ import platformdirs
 from mistralcli.errors import DiskError
 from mistralcli.hub_cache import PART_SUFFIX, cache_directory, repo_directory
 from mistralcli.inventory import StoredModel, is_ours, list_models
+from mistralcli.store import sessions_directory
 
 Kind = Literal["build", "pulled", "leftovers", "chats", "kernels"]
 
@@ -113,7 +114,7 @@ def _is_coming(part: Path) -> bool:
 def _chats() -> Usage:
     """Sessions and the history of what was typed."""
     state = platformdirs.user_state_path("mistral")
-    sessions = platformdirs.user_data_path("mistral") / "sessions"
+    sessions = sessions_directory()
     typed = sorted(path for path in state.glob("*") if path.name not in ("used", "pulled"))
     paths = (*typed, *([sessions] if sessions.is_dir() else []))
     return Usage("chats", "sessions and history", paths, size_bytes(paths))

@@ -12,6 +12,7 @@ from mistralcli.errors import ContextOverflowError
 from mistralcli.model import Transformer
 from mistralcli.prefill import CapturedForward
 from mistralcli.sampling import Sampler, not_a_number
+from mistralcli.sequences import common_length
 
 if TYPE_CHECKING:
     from mistralcli.cpu_decoder import CpuDecoder
@@ -179,11 +180,7 @@ class Engine:
 
     def n_reusable(self, token_ids: Sequence[int]) -> int:
         """How many leading ids of a prompt are in the cache and can stay; the last id is always run again."""
-        n_common = 0
-        for mine, theirs in zip(self.token_ids, token_ids[:-1], strict=False):
-            if mine != theirs:
-                break
-            n_common += 1
+        n_common = common_length(self.token_ids, token_ids[:-1])
         return n_common if self.cache.can_rewind(n_common) else 0
 
     def fill(self, token_ids: Sequence[int]) -> None:

@@ -37,6 +37,11 @@ def _require(name: str, value: object, good: bool, what: str) -> None:
         raise UsageError(f"{name} is {value}; it must be {what}")
 
 
+def room_for_answer(max_seq_len: int) -> int:
+    """Tokens that are kept for an answer of unknown length where a prompt is cut or turns are dropped."""
+    return min(256, max_seq_len // 8)
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """How a model is run; None leaves a choice to the program. `ctx`, `chunk` and `slack` count positions."""

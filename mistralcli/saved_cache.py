@@ -7,8 +7,9 @@ they are int8. Its metadata names the model by a digest, so that it is not used 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,9 @@ from mistralcli.cache import KVCache
 from mistralcli.engine import Engine
 from mistralcli.errors import DiskError, IntegrityError, UsageError
 from quant.files import STEMS, weight_files
+
+if TYPE_CHECKING:
+    from mistralcli.session import Session
 
 FORMAT = "mistral-cache-1"
 _OTHER = "name another file, or remove it and it is made again"
@@ -46,18 +50,20 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(session: "Session") -> str:
+    """A digest of all that keys and values depend on beside the ids: the model, and how it computes."""
+    return f"{model_digest(session.directory)} {session.computing}"
+
+
 def save_cache(path: Path, engine: Engine, digest: str) -> None:
     """Write what the engine's cache holds, for its owner alone; whole or not at all.
 
     Raises:
         DiskError: it cannot be written.
     """
-    n_positions = len(engine.token_ids)
     tensors = {"token_ids": torch.tensor(engine.token_ids)}
-    for i, layer in enumerate(engine.cache.layers):
-        n_slots = min(n_positions, layer.ring.capacity)
-        for name, tensor in layer.buffers().items():
-            tensors[f"{i}.{name}"] = tensor[:1, :, :n_slots].contiguous().cpu()
+    for name, tensor in _held(engine):
+        tensors[name] = tensor.contiguous().cpu()
     metadata = {"format": FORMAT, "model": digest, "capacities": json.dumps(_capacities(engine.cache))}
     metadata["furthest"] = str(engine.cache.furthest)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -69,6 +75,19 @@ def save_cache(path: Path, engine: Engine, digest: str) -> None:
         raise DiskError(f"{path} cannot be written: {error}", "name a file on a disk with room") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def saved_bytes(engine: Engine) -> int:
+    """What `save_cache` would write of keys and values."""
+    return sum(tensor.nbytes for _, tensor in _held(engine))
+
+
+def _held(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """The slots in use of each layer's buffers, by their names in the file."""
+    for i, layer in enumerate(engine.cache.layers):
+        n_slots = min(len(engine.token_ids), layer.ring.capacity)
+        for name, tensor in layer.buffers().items():
+            yield f"{i}.{name}", tensor[:1, :, :n_slots]
 
 
 def load_cache(path: Path, engine: Engine, digest: str, token_ids: Sequence[int]) -> None:

@@ -16,7 +16,6 @@ machine is ignored.
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from mistralcli.errors import DiskError, UsageError
+from mistralcli.whole_file import write_whole
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -206,14 +206,4 @@ def edit_user_file(change: Callable[["TOMLDocument"], None]) -> Path:
 def _write(path: Path, text: str) -> None:
     """Put a file in its place complete or not at all; one that is a link stays one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    target = path.resolve()
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path.resolve(), text)

@@ -44,6 +44,11 @@ def models_directory() -> Path:
     return platformdirs.user_data_path("mistral") / "models"
 
 
+def sessions_directory() -> Path:
+    """Where chats are kept, beside the builds."""
+    return platformdirs.user_data_path("mistral") / "sessions"
+
+
 def build_directory(name: str) -> Path:
     """Where the build `name` is or would be; with a path separator, or a dot at the start, it is a path.
 

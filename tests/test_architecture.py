@@ -74,6 +74,8 @@ LAYERS = [
         "mistralcli.units",
         "mistralcli.demo",
         "mistralcli.run_options",
+        "mistralcli.sequences",
+        "mistralcli.whole_file",
     ],
     ["mistralcli.errors"],
     ["quant"],

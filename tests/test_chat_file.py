@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_chat import after, chat_with, said
 
-from mistralcli.cli.chat import file as chat_file
 from mistralcli.cli.chat.file import load_chat, save_chat
 from mistralcli.cli.chat.settings import settings_of
 from mistralcli.cli.chat.state import ChatState
@@ -82,7 +81,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, m
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(chat_file.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskError, match="No space left"):
         save_chat(path, "m", ChatState())
     assert path.read_bytes() == before

@@ -10,6 +10,7 @@ from mistralcli.cli.run_output import Form, print_answer
 from mistralcli.cli.run_prompt import Grammar
 from mistralcli.conversation import NO_EXTRAS, ChatExtras, Conversation
 from mistralcli.errors import QualityError, UsageError
+from mistralcli.run_options import room_for_answer
 
 if TYPE_CHECKING:
     from mistralcli.logprobs import Recorder
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from mistralcli.session import Session
 
 Overflow = Literal["error", "head", "tail"]
-
-_ROOM_FOR_ANSWER = 256
-"""Tokens that a cut prompt leaves for an answer, where --max-tokens says nothing; an eighth of a short context."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def fitting_ids(
     token_ids = prompt.ids(session)
     if overflow == "error":
         return token_ids, 0
-    answer = min(_ROOM_FOR_ANSWER, session.max_seq_len // 8) if max_tokens is None else max_tokens
+    answer = room_for_answer(session.max_seq_len) if max_tokens is None else max_tokens
     room = session.max_seq_len - max(1, answer)
     text_ids = session.tokenizer.encode(prompt.text)
     n_kept = len(text_ids)
@@ -106,9 +104,9 @@ def use_prefix(session: "Session", prompt: Prompt, token_ids: list[int], path: P
     Raises:
         UsageError: there is no such part, or the file is of another model, of another text or of another kind of cache.
     """
-    from mistralcli.saved_cache import load_cache, model_digest, save_cache
+    from mistralcli.saved_cache import digest_of, load_cache, save_cache
 
-    digest = f"{model_digest(session.directory)} {session.computing}"
+    digest = digest_of(session)
     if path.exists():
         return load_cache(path, session.engine, digest, token_ids)
     if prompt.system is None:

@@ -10,9 +10,6 @@ the one before it. Files come from anywhere, so every part of one is checked bef
 """
 
 import json
-import os
-import tempfile
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from mistralcli.cli.chat.settings import settings_of
 from mistralcli.cli.chat.state import ChatState
 from mistralcli.cli.chat.tree import Tree
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
+from mistralcli.whole_file import write_whole
 
 MAX_SIZE_BYTES = 64 * 2**20
 """Far more than any context holds; larger files are refused unread."""
@@ -47,7 +45,7 @@ def save_chat(path: Path, model: str, state: ChatState) -> None:
             raise UsageError(
                 f"{path} exists and is not a saved chat", "choose another name, or remove it first"
             )
-        _replace(path, json.dumps(about | messages | rest, ensure_ascii=False, indent=1) + "\n")
+        write_whole(path, json.dumps(about | messages | rest, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -71,20 +69,6 @@ def load_chat(path: Path) -> tuple[str, ChatState]:
         return text(saved, "model"), _state(saved)
     except MistralError as error:
         raise IntegrityError(f"{path} is not a chat that can be loaded: {error.message}") from None
-
-
-def _replace(path: Path, content: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
 
 
 def _is_saved_chat(path: Path) -> bool:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from mistralcli.cli.chat.state import ChatState, Model
 from mistralcli.conversation import Conversation
 from mistralcli.errors import ContextOverflowError, MistralError
+from mistralcli.prompt_parts import changed
+from mistralcli.run_options import room_for_answer
+from mistralcli.sequences import common_length
 
 if TYPE_CHECKING:
     from mistralcli.session import Session
-
-_ROOM_FOR_ANSWER = 256
-"""Tokens for an answer that dropping turns makes room for; an eighth of a short context."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,8 @@ def _start(session: "Session", conversation: Conversation, token_ids: Sequence[i
     """The position of a message's first token, whatever the chat format writes around it: where the ids begin to differ
     from those with another text in its place."""
     messages = list(conversation.messages)
-    other = "1" if messages[index].content[:1] != "1" else "a"
-    messages[index] = replace(messages[index], content=other)
-    others = prompt_ids(session, Conversation.of(messages))
-    pairs = zip(token_ids, others, strict=False)
-    return next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(token_ids), len(others)))
+    messages[index] = changed(messages[index])
+    return common_length(token_ids, prompt_ids(session, Conversation.of(messages)))
 
 
 def without_oldest(state: ChatState, n_turns: int) -> ChatState:
@@ -175,7 +172,7 @@ def drop_offer(session: "Session", state: ChatState) -> str | None:
     n_most = n_left(n_turns)
     if n_turns < 1 or n_most < 1:
         return None
-    room = min(_ROOM_FOR_ANSWER, session.max_seq_len // 8, n_most)
+    room = min(room_for_answer(session.max_seq_len), n_most)
     least = bisect_left(range(1, n_turns), True, key=lambda n: n_left(n) >= room) + 1
     which = "the oldest turn" if least == 1 else f"the {least:,} oldest turns"
     return f"/drop {least} forgets {which} ({n_all - session.max_seq_len + n_left(least):,} tokens)"

@@ -19,8 +19,6 @@ from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
-from platformdirs import user_data_path
-
 from mistralcli.cli.chat.events import Event, changes
 from mistralcli.cli.chat.session_file import (
     Resumed,
@@ -52,10 +50,6 @@ class _Writing:
 def cache_path(session_path: Path) -> Path:
     """Where the KV cache of a session is kept."""
     return session_path.with_suffix(".kv")
-
-
-def sessions_directory() -> Path:
-    return user_data_path("mistral") / "sessions"
 
 
 class SessionStore:

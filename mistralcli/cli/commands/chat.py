@@ -76,9 +76,10 @@ def chat(
     When standard input is no terminal, all of it is one message: it is answered on standard output.
     """
     from mistralcli.cli.chat.loading import LoadedModel
-    from mistralcli.cli.chat.sessions import SessionStore, sessions_directory
+    from mistralcli.cli.chat.sessions import SessionStore
     from mistralcli.cli.chat.state import ChatState
     from mistralcli.run_options import SessionOptions
+    from mistralcli.store import sessions_directory
 
     state = _with_flags(ChatState(), context.params)
     options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)

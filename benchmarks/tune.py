@@ -30,7 +30,7 @@ SHAPES = {
     "7b": {"dim": 4096, "hidden_dim": 14336, "q": 4096, "kv": 1024, "vocab_size": 32768},
     "nemo": {"dim": 5120, "hidden_dim": 14336, "q": 4096, "kv": 1024, "vocab_size": 131072},
 }
-N_LAYERS, N_BEST, ROUNDS = 8, 6, 2
+N_LAYERS, N_BEST, ROUNDS = 8, 10, 2
 
 
 @dataclass(frozen=True)

@@ -407,7 +407,8 @@ def main(capability: int) -> None:
         made = compiled(kernel, "*bf16", stored, constants, capability, warps)
         usage[f"flash, {rows} rows, {stored}"] = made
     for stored, (window, pdl) in product(STORED, ((4096, capability == 90), (0, False))):
-        constants = {"WINDOW": window, "N_SPLITS": 16, "ROWS": 16, "HALF": 64, "KEYS": 64, "STAGES": 3}
+        keys = 128 if stored == "bf16" else 64  # as decode._blocks_for
+        constants = {"WINDOW": window, "N_SPLITS": 16, "ROWS": 8, "COLUMNS": 128, "KEYS": keys, "STAGES": 2}
         constants |= SHAPE | {"HEADS": decode._heads_at_once(4, 16, 128), "PDL": pdl}
         constants |= {"BITS": 4, "ROUNDING": "int8"}
         kernel = decode._decode_kernel

@@ -3,6 +3,10 @@
 A decode step has few queries and many keys, so the positions that a sequence sees are split over several programs
 for each key head, and the last of them to finish combines what all have found (Dao et al. 2023, "Flash-Decoding",
 with its second launch saved by a counter). A key is loaded once for all query heads that share it.
+
+In a short context a launch is nothing but latency, so little stands between what it waits for and what it leaves: the
+tensor cores take the keys as their rows and the few queries as columns, and the first keys and values are where these
+read them before the queries are there.
 """
 
 import math
@@ -136,8 +140,8 @@ def decode_attention(
         N_SPLITS=scratch.n_splits,
         BITS=out.bits,
         ROUNDING=out.rounding,
-        ROWS=max(16, triton.next_power_of_2(group)),
-        HALF=columns // 2,
+        ROWS=max(8, triton.next_power_of_2(group)),
+        COLUMNS=columns,
         KEYS=blocks.keys,
         HEADS=_heads_at_once(group, scratch.n_splits, columns),
         STAGES=blocks.stages,
@@ -149,15 +153,14 @@ def decode_attention(
 
 
 def _blocks_for(keys: torch.Tensor) -> Blocks:
-    """64 keys of head_dim 128 in 16 bits, else as many bytes; of 8 bits no more, for they are widened in registers.
+    """128 keys of head_dim 128 in 16 bits, else as many bytes; of 8 bits half, for they are widened in registers.
 
-    The first block is held in registers while the launch waits for q, k and v: 128 keys, or 2 warps, would spill.
-    Two blocks on their way take 66 KiB of shared memory.
+    Two blocks on their way take 128 KiB of shared memory.
     """
     if keys.device.type == "cpu":
         return INTERPRETED_BLOCKS
-    n_keys = 64 if keys.shape[3] <= 128 else 32
-    return Blocks(n_keys // max(keys.itemsize // 2, 1), 4, 3)
+    n_keys = 128 if keys.shape[3] <= 128 else 64
+    return Blocks(n_keys // (1 if keys.itemsize == 2 else 2), 4, 2)
 
 
 def _heads_at_once(group: int, n_splits: int, columns: int) -> int:
@@ -191,7 +194,7 @@ def _decode_kernel(
     BITS: tl.constexpr,
     ROUNDING: tl.constexpr,
     ROWS: tl.constexpr,
-    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -220,47 +223,49 @@ def _decode_kernel(
         value_scales += pair.to(tl.int64) * capacity
     # Earlier positions were written in earlier steps, which are over: they are read while the product before this
     # launch, which makes q, k and v, is still going on.
-    block = _load_block(keys, values, key_scales, value_scales, begin, end, capacity, HEAD_DIM, HALF, KEYS)
+    block = _load_block(keys, values, key_scales, value_scales, begin, end, capacity, HEAD_DIM, COLUMNS, KEYS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     qkv += sequence * (GROUP + 2) * n_kv_heads * HEAD_DIM
     cos += sequence * (HEAD_DIM // 2)
     sin += sequence * (HEAD_DIM // 2)
     rows = tl.arange(0, ROWS)
-    first, second = _rotated(qkv, kv_head * GROUP + rows, rows < GROUP, cos, sin, HEAD_DIM, HALF)
-    if key_scales is None:
-        first, second = first.to(keys.dtype.element_ty), second.to(keys.dtype.element_ty)
-    else:
-        first, second = first.to(tl.bfloat16), second.to(tl.bfloat16)
-
+    query = _rotated(qkv, kv_head * GROUP + rows, rows < GROUP, cos, sin, HEAD_DIM, COLUMNS)
+    query = query.to(keys.dtype.element_ty if key_scales is None else tl.bfloat16)
     largest = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a split without positions makes no NaN
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, 2 * HALF], tl.float32)
-    if split == 0:
-        largest, total, sums = _new_token(
-            qkv, cos, sin, keys, values, key_scales, value_scales, first, second, kv_head, n_kv_heads,
-            position % capacity, scale, GROUP, HEAD_DIM, ROWS, HALF,
-        )  # fmt: skip
-    largest, total, sums = _attend(
-        first, second, block, begin, end, scale, largest, total, sums, KEYS, INTERPRETED
-    )
-    for at in tl.range(begin + KEYS, end, KEYS, num_stages=STAGES):
-        block = _load_block(keys, values, key_scales, value_scales, at, end, capacity, HEAD_DIM, HALF, KEYS)
-        largest, total, sums = _attend(
-            first, second, block, at, end, scale, largest, total, sums, KEYS, INTERPRETED
-        )
+    totals = tl.zeros([KEYS, ROWS], tl.float32)
+    sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+    if split == 0:  # begins with the new token, from registers, and writes it into the ring
+        key_head, slot = n_kv_heads * GROUP + kv_head, position % capacity
+        key, key_scale = _new_key(qkv, cos, sin, keys, key_scales, key_head, slot, HEAD_DIM, COLUMNS, ROWS)
+        value = _new_value(qkv, values, value_scales, key_head + n_kv_heads, slot, HEAD_DIM, COLUMNS)
+        largest = tl.sum(query.to(tl.float32) * key, axis=1) * (key_scale * scale)
+        totals += tl.where(tl.arange(0, KEYS) == 0, 1.0, 0.0)[:, None]
+        sums += value[:, None]
+    query = query.T
+    largest, totals, sums = _attend(query, block, begin, end, scale, largest, totals, sums, KEYS, INTERPRETED)
+    if begin + KEYS < end:  # the loop's loads ahead of time would take their time without it, too
+        for at in tl.range(begin + KEYS, end, KEYS, num_stages=STAGES):
+            block = _load_block(
+                keys, values, key_scales, value_scales, at, end, capacity, HEAD_DIM, COLUMNS, KEYS
+            )
+            largest, totals, sums = _attend(
+                query, block, at, end, scale, largest, totals, sums, KEYS, INTERPRETED
+            )
+    total = tl.sum(totals, axis=0)
 
-    columns = tl.arange(0, 2 * HALF)
+    columns = tl.arange(0, COLUMNS)
     if n_active == 1:
+        attended = tl.trans(sums * (1 / total)[None, :])
         _store(
-            sums / total[:, None], sequence, n_kv_heads, kv_head, rows, out, out_scales,
-            GROUP, HEAD_DIM, BITS, ROUNDING, ROWS, 2 * HALF,
+            attended, sequence, n_kv_heads, kv_head, rows, out, out_scales,
+            GROUP, HEAD_DIM, BITS, ROUNDING, ROWS, COLUMNS,
         )  # fmt: skip
         return
     sums_out += pair * N_SPLITS * GROUP * HEAD_DIM
     statistics += pair * N_SPLITS * 2 * GROUP
-    at = (split * GROUP + rows)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(sums_out + at, sums, mask=(rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :])
+    at = (split * GROUP + rows)[None, :] * HEAD_DIM + columns[:, None]
+    tl.store(sums_out + at, sums, mask=(rows < GROUP)[None, :] & (columns < HEAD_DIM)[:, None])
     tl.store(statistics + split * 2 * GROUP + rows, largest, mask=rows < GROUP)
     tl.store(statistics + (split * 2 + 1) * GROUP + rows, total, mask=rows < GROUP)
     # All threads' stores come before the one that counts; who counts last sees every split's.
@@ -270,73 +275,73 @@ def _decode_kernel(
         for head in tl.static_range(0, GROUP, HEADS):
             _combine(
                 sums_out, statistics, n_active, out, out_scales, sequence, n_kv_heads, kv_head, head,
-                GROUP, HEAD_DIM, N_SPLITS, BITS, ROUNDING, HEADS, 2 * HALF,
+                GROUP, HEAD_DIM, N_SPLITS, BITS, ROUNDING, HEADS, COLUMNS,
             )  # fmt: skip
 
 
 @triton.jit
-def _rotated(qkv, heads, in_rows, cos, sin, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of some heads after rotary, each (ROWS, HALF) float32; see `mistralcli.ops.apply_rotary`."""
-    i = tl.arange(0, HALF)
-    in_half = i < HEAD_DIM // 2
-    mask = in_rows[:, None] & in_half[None, :]
-    at = qkv + heads[:, None] * HEAD_DIM + i[None, :]
-    first = tl.load(at, mask=mask, other=0.0)
-    second = tl.load(at + HEAD_DIM // 2, mask=mask, other=0.0)
-    c = tl.load(cos + i, mask=in_half, other=0.0)[None, :]
-    s = tl.load(sin + i, mask=in_half, other=0.0)[None, :]
-    return first * c - second * s, second * c + first * s
+def _rotated(qkv, heads, in_heads, cos, sin, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some heads after rotary, (n, COLUMNS) float32; see `mistralcli.ops.apply_rotary`."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    columns = heads[:, None] * 0 + tl.arange(0, COLUMNS)[None, :]  # all loads of one shape, so of one layout
+    mask = in_heads[:, None]
+    if HEAD_DIM != COLUMNS:
+        mask = mask & (columns < HEAD_DIM)
+    at = qkv + heads[:, None] * HEAD_DIM
+    own = tl.load(at + columns, mask=mask, other=0.0)
+    partner = tl.load(at + (columns + HALF) % HEAD_DIM, mask=mask, other=0.0)
+    c = tl.load(cos + columns % HALF)
+    s = tl.load(sin + columns % HALF)
+    return own * c + partner * tl.where(columns < HALF, -s, s)
 
 
 @triton.jit
-def _new_token(
+def _new_key(
     qkv,
     cos,
     sin,
     keys,
-    values,
     key_scales,
-    value_scales,
-    first,
-    second,
-    kv_head,
-    n_kv_heads,
+    head,
     slot,
-    scale,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-    HALF: tl.constexpr,
 ):
-    """Write the new key and value, and begin the softmax with them, from registers: (largest, total, sums)."""
-    head = n_kv_heads * GROUP + kv_head + tl.zeros([1], tl.int32)
-    key_first, key_second = _rotated(qkv, head, head >= 0, cos, sin, HEAD_DIM, HALF)
-    columns = tl.arange(0, 2 * HALF)
-    in_head = columns < HEAD_DIM
-    value = tl.load(qkv + (head + n_kv_heads) * HEAD_DIM + columns, mask=in_head, other=0.0)
-    key_scale = 1.0
-    value_scale = 1.0
+    """Write the new key; return it as the ring holds it, (ROWS, COLUMNS) float32 of equal rows, and its scales, (ROWS,).
+
+    Its rows are as many as the queries', so that both lie alike in registers.
+    """
+    rows = tl.arange(0, ROWS)
+    key = _rotated(qkv, head + rows * 0, rows >= 0, cos, sin, HEAD_DIM, COLUMNS)
+    key_scale = tl.full([ROWS], 1.0, tl.float32)
     if key_scales is not None:
-        key_scale = int8_scales(tl.join(key_first, key_second).reshape([1, 2 * HALF]))
-        key_first, key_second = int8_codes(key_first, key_scale), int8_codes(key_second, key_scale)
-        value_scale = int8_scales(value[None, :])
-        value = int8_codes(value[None, :], value_scale).reshape([2 * HALF])
-        here = slot + tl.zeros([1], tl.int32)
-        tl.store(key_scales + here, key_scale)
-        tl.store(value_scales + here, value_scale)
-    key_first, key_second = key_first.to(keys.dtype.element_ty), key_second.to(keys.dtype.element_ty)
-    i = tl.arange(0, HALF)[None, :]
-    at = keys + slot * HEAD_DIM + i
-    tl.store(at, key_first, mask=i < HEAD_DIM // 2)
-    tl.store(at + HEAD_DIM // 2, key_second, mask=i < HEAD_DIM // 2)
+        key_scale = int8_scales(key)
+        key = int8_codes(key, key_scale)
+        tl.store(key_scales + slot + rows * 0, key_scale, mask=rows == 0)
+    key = key.to(keys.dtype.element_ty)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    mask = rows[:, None] == 0
+    if HEAD_DIM != COLUMNS:
+        mask = mask & (columns < HEAD_DIM)
+    tl.store(keys + slot * HEAD_DIM + rows[:, None] * 0 + columns, key, mask=mask)
+    return key.to(tl.float32), key_scale
+
+
+@triton.jit
+def _new_value(qkv, values, value_scales, head, slot, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write the new value; return it as the ring stands for it, (COLUMNS,) float32."""
+    columns = tl.arange(0, COLUMNS)
+    in_head = columns < HEAD_DIM
+    value = tl.load(qkv + head * HEAD_DIM + columns, mask=in_head, other=0.0)
+    value_scale = 1.0
+    if value_scales is not None:
+        value_scale = tl.sum(int8_scales(value[None, :]), axis=0)
+        tl.store(value_scales + slot, value_scale)
+        value = int8_codes(value[None, :], value_scale + tl.zeros([1], tl.float32)).reshape([COLUMNS])
     value = value.to(values.dtype.element_ty)
     tl.store(values + slot * HEAD_DIM + columns, value, mask=in_head)
-    scores = tl.sum(first.to(tl.float32) * key_first.to(tl.float32), axis=1)
-    scores += tl.sum(second.to(tl.float32) * key_second.to(tl.float32), axis=1)
-    if key_scales is not None:
-        scores *= key_scale
-    sums = (value.to(tl.float32) * value_scale)[None, :] + tl.zeros([ROWS, 2 * HALF], tl.float32)
-    return scores * scale, tl.full([ROWS], 1.0, tl.float32), sums
+    return value.to(tl.float32) * value_scale
 
 
 @triton.jit
@@ -349,10 +354,10 @@ def _load_block(
     end,
     capacity,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Both halves of the keys and the values of the positions begin … min(end, begin + KEYS), zeros behind them.
+    """Keys and values of the positions begin … min(end, begin + KEYS), (KEYS, COLUMNS), zeros behind them.
 
     Where they are int8, they are words of four, and their scales follow.
     """
@@ -361,55 +366,53 @@ def _load_block(
     if key_scales is not None:
         keys, values = keys.to(tl.pointer_type(tl.int32)), values.to(tl.pointer_type(tl.int32))
     slot = ring_slots(begin, capacity, KEYS)
-    slots = slot[:, None] * (HEAD_DIM // PACK)
-    i = tl.arange(0, HALF // PACK)[None, :]
-    mask = in_block[:, None] & (i < HEAD_DIM // 2 // PACK)
-    key_first = tl.load(keys + slots + i, mask=mask, other=0)
-    key_second = tl.load(keys + slots + HEAD_DIM // 2 // PACK + i, mask=mask, other=0)
-    columns = tl.arange(0, 2 * HALF // PACK)[None, :]
-    value = tl.load(values + slots + columns, mask=in_block[:, None] & (columns < HEAD_DIM // PACK), other=0)
-    block = key_first, key_second, value
+    columns = tl.arange(0, COLUMNS // PACK)[None, :]
+    at = slot[:, None] * (HEAD_DIM // PACK) + columns
+    mask = in_block[:, None]
+    if HEAD_DIM != COLUMNS:
+        mask = mask & (columns < HEAD_DIM // PACK)
+    block = tl.load(keys + at, mask=mask, other=0), tl.load(values + at, mask=mask, other=0)
     if key_scales is not None:
         key_scale = tl.load(key_scales + slot, mask=in_block, other=0.0)
         value_scale = tl.load(value_scales + slot, mask=in_block, other=0.0)
-        block = key_first, key_second, value, key_scale, value_scale  # type: ignore[assignment]
+        block = block[0], block[1], key_scale, value_scale  # type: ignore[assignment]
     return block
 
 
 @triton.jit
 def _attend(
-    first,
-    second,
+    query,
     block,
     begin,
     end,
     scale,
     largest,
-    total,
+    totals,
     sums,
     KEYS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Add a loaded block of positions to an online softmax, as `flash_attention._attend` does."""
-    QUANTIZED: tl.constexpr = len(block) == 5
-    key_first, key_second, value = block[0], block[1], block[2]
-    if QUANTIZED:
-        key_first, key_second = unpacked(key_first, first.dtype), unpacked(key_second, first.dtype)
-        value = unpacked(value, first.dtype)
-    scores = dot(first, key_first.T, tl.zeros([first.shape[0], KEYS], tl.float32), INTERPRETED)
-    scores = dot(second, key_second.T, scores, INTERPRETED)
-    if QUANTIZED:
-        scores *= block[3][None, :]
+    """Add a loaded block of positions to an online softmax.
+
+    query: (COLUMNS, ROWS); largest: (ROWS,), the largest score so far; totals: (KEYS, ROWS), the exponentials below
+    it, whose sum is left for the end; sums: (COLUMNS, ROWS), the sum of the values with these weights.
+    """
+    key, value = block[0], block[1]
+    if len(block) == 4:
+        key, value = unpacked(key, query.dtype), unpacked(value, query.dtype)
+    scores = dot(key, query, tl.zeros([KEYS, query.shape[1]], tl.float32), INTERPRETED)
+    if len(block) == 4:
+        scores *= block[2][:, None]
     in_block = begin + tl.arange(0, KEYS) < end
-    scores = tl.where(in_block[None, :], scores * scale, -float("inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_largest[:, None])
-    shrink = tl.exp2(largest - new_largest)
-    total = total * shrink + tl.sum(weights, axis=1)
-    if QUANTIZED:
-        weights *= block[4][None, :]
-    sums = dot(weights.to(first.dtype), value, sums * shrink[:, None], INTERPRETED)
-    return new_largest, total, sums
+    scores = tl.where(in_block[:, None], scores * scale, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+    weights = tl.exp2(scores - new_largest[None, :])
+    shrink = tl.exp2(largest - new_largest)[None, :]
+    totals = totals * shrink + weights
+    if len(block) == 4:
+        weights *= block[3][:, None]
+    sums = dot(value.T, weights.to(query.dtype), sums * shrink, INTERPRETED)
+    return new_largest, totals, sums
 
 
 @triton.jit

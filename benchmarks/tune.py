@@ -172,7 +172,9 @@ def matvec_candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
                     and words * outputs >= 256 * warps
                     and fits
                 ):
-                    yield Blocking(outputs, words, warps)
+                    for ahead in (1, 2, 4):
+                        if ahead == 1 or (ahead <= n_words // words and per_thread * n_rows * (ahead + 1) <= 80):
+                            yield Blocking(outputs, words, warps, ahead)
 
 
 _chains: dict[tuple[str, int, int], Chain] = {}

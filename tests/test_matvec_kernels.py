@@ -99,7 +99,7 @@ def test_a_product_is_as_exact_as_its_activations(
 
 
 @pytest.mark.parametrize("n_rows", [1, 7, 16])
-@pytest.mark.parametrize("blocking", [Blocking(2, 32, 1), Blocking(8, 64, 2), Blocking(32, 128, 4)])
+@pytest.mark.parametrize("blocking", [Blocking(2, 32, 1), Blocking(8, 16, 2, 2), Blocking(32, 128, 4)])
 def test_no_blocking_changes_a_product(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, n_rows: int, blocking: Blocking
 ) -> None:

@@ -308,9 +308,9 @@ def _new_key(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write the new key; return it as the ring holds it, (ROWS, COLUMNS) float32 of equal rows, and its scales, (ROWS,).
+    """Write the new key; return it as the ring holds it, (ROWS, COLUMNS) float32, and its scales, (ROWS,).
 
-    Its rows are as many as the queries', so that both lie alike in registers.
+    All rows are the same, as many as the queries', so that both lie alike in registers.
     """
     rows = tl.arange(0, ROWS)
     key = _rotated(qkv, head + rows * 0, rows >= 0, cos, sin, HEAD_DIM, COLUMNS)

@@ -1,11 +1,11 @@
 """How the matmuls for few rows are cut into programs: a table made by benchmarks/tune.py, and a rule for the rest.
 
 The table, blockings.json, maps a compute capability ("9.0") and a key (kernel, bits, rows, sizes) to outputs of a
-program, words of a tile and warps. Nothing is tuned while the program runs.
+program, words of a tile, warps and tiles ahead. Nothing is tuned while the program runs.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,13 +21,15 @@ Kernel = Literal["matvec", "tiles"]
 class Blocking:
     """How a matmul is cut: outputs of a program, words of a row that it reads at once, and warps.
 
-    For "tiles" the words are 16 for each warp, times the tiles that a warp has on their way; of a row's words they are
-    a divisor if they can. Outputs are 8 (with a gate), 16 or 32.
+    `ahead` tiles are on their way while one is multiplied. For "tiles" the words are 16 for each warp, times the tiles
+    that a warp has on their way, and `ahead` is 1; of a row's words they are a divisor if they can. Outputs are 8 (with
+    a gate), 16 or 32.
     """
 
     outputs: int
     words: int
     warps: int
+    ahead: int = 1
 
 
 class Sizes(Protocol):
@@ -97,6 +99,6 @@ def write_table(table: dict[str, dict[str, Blocking]]) -> None:
     """Replace the table."""
     lines = []
     for capability, found in sorted(table.items()):
-        rows = [f'  "{key}": [{one.outputs}, {one.words}, {one.warps}]' for key, one in sorted(found.items())]
+        rows = [f'  "{key}": {json.dumps(astuple(one))}' for key, one in sorted(found.items())]
         lines.append(f' "{capability}": {{\n' + ",\n".join(rows) + "\n }")
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

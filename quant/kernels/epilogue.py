@@ -52,6 +52,20 @@ def before_sum(y, n_rows, out_features, EPILOGUE: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
+def norm_of(norm_weight, EPILOGUE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """The weights, (1, 32) float32, of the norm behind the sum, for the columns that this program's outputs are among.
+
+    They are read ahead of the sum, for they are in no cache.
+    """
+    if EPILOGUE == "add_and_pack":
+        block = tl.program_id(0) * BLOCK_OUT // 32
+        norm = tl.load(norm_weight + block * 32 + tl.arange(0, 32)[None, :]).to(tl.float32)
+    else:
+        norm = tl.full([1, 32], 1.0, tl.float32)
+    return norm
+
+
+@triton.jit
 def _outputs(y, n_rows, out_features, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr):
     """Where this program's outputs are stored, (BLOCK_OUT, ROWS), and which of them there are."""
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -65,7 +79,7 @@ def finish(
     total,
     before,
     y,
-    norm_weight,
+    norm,
     next_x,
     next_scales,
     next_sums,
@@ -78,7 +92,7 @@ def finish(
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Add `before`, store and pack; a SwiGLU is computed already.
+    """Add `before` (`before_sum`), store and pack behind `norm` (`norm_of`); a SwiGLU is computed already.
 
     32 columns are packed by the program that has them, or by the last of those that share them.
     """
@@ -91,12 +105,12 @@ def finish(
     if PACKS:
         block = tl.program_id(0) * BLOCK_OUT // 32
         if BLOCK_OUT == 32:
-            _pack_block(tl.trans(total), block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
+            _pack_block(tl.trans(total), block, norm, next_x, next_scales, next_sums, n_rows, out_features,
                         NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
         else:
             if _is_last(counters + block, 32 // BLOCK_OUT):
                 values = _read_block(block, y, n_rows, out_features, ROWS)
-                _pack_block(values, block, norm_weight, next_x, next_scales, next_sums, n_rows, out_features,
+                _pack_block(values, block, norm, next_x, next_scales, next_sums, n_rows, out_features,
                             NORM, NEXT_BITS, NEXT_ROUNDING, ROWS)  # fmt: skip
 
 
@@ -112,7 +126,7 @@ def _read_block(block, y, n_rows, out_features, ROWS: tl.constexpr):
 def _pack_block(
     values,
     block,
-    norm_weight,
+    norm,
     next_x,
     next_scales,
     next_sums,
@@ -129,6 +143,6 @@ def _pack_block(
     if NORM:
         squares = tl.sum(values * values, axis=1)
         tl.store(next_sums + row * (out_features // 32) + block, squares, mask=mask)
-        values *= tl.load(norm_weight + block * 32 + tl.arange(0, 32)).to(tl.float32)[None, :]
+        values *= norm
     pack(values, row, mask, block * 32 + tl.zeros([ROWS], tl.int32), next_x, next_scales, out_features,
          NEXT_BITS, NEXT_ROUNDING, ROWS, 32)  # fmt: skip

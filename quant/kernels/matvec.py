@@ -16,7 +16,7 @@ import triton.language as tl
 
 from quant.kernels.activations import BLOCK, Activations, quad_columns
 from quant.kernels.blockings import Blocking, Kernel, blocking_for
-from quant.kernels.epilogue import before_sum, finish, gated, root_mean_square, squares_of
+from quant.kernels.epilogue import before_sum, finish, gated, norm_of, root_mean_square, squares_of
 from quant.kernels.ptx import dot_int4_half, dot_int4_int8, dot_int8_half, dot_int8_int8
 from quant.kernels.tiles import TILE_WORDS, tile_kernel
 
@@ -148,12 +148,14 @@ def matvec(
 def _matvec_constants(x: Activations, weight: Weight, n_rows: int, blocking: Blocking) -> dict[str, object]:
     """What `matvec_kernel` is compiled for, beyond what both kernels are."""
     n_words = weight.words.shape[1]
+    n_tiles = triton.cdiv(n_words, blocking.words)
     return {
         "ROUNDING": x.rounding,
         "PER_CHANNEL": weight.bits != 16 and weight.scales.shape[1] == 1,
         "ROWS": triton.next_power_of_2(n_rows),
         "BLOCK_WORDS": blocking.words,
-        "N_TILES": triton.cdiv(n_words, blocking.words),
+        "N_TILES": n_tiles,
+        "AHEAD": min(blocking.ahead, n_tiles),
         "EVEN": n_words % blocking.words == 0,
     }
 
@@ -264,6 +266,7 @@ def matvec_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     N_TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
@@ -272,7 +275,8 @@ def matvec_kernel(
 
     weight: (out_features, n_words) int32; of a dense one the words are its elements. For SwiGLU it has
     2 · out_features rows, the gate's first, and y is (n_rows, out_features). sums: what the product's RMSNorm
-    needs, unless N_SUMS is 0.
+    needs, unless N_SUMS is 0. AHEAD tiles are on their way while one is multiplied, the first of them before the
+    launch that makes x is over.
     """
     GATED: tl.constexpr = EPILOGUE == "swiglu_and_pack"
     OUTS: tl.constexpr = 2 * BLOCK_OUT if GATED else BLOCK_OUT
@@ -290,8 +294,12 @@ def matvec_kernel(
     quad = tl.arange(0, QUADS)[None, None, :]
     n_quads = n_words // 4
 
-    tile = _weight_tile(weight, scales, zeros, weight_row, in_out, 0, n_words, n_groups, quads_per_group,
-                        BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
+    under_way = ()  # type: tuple[object, ...]
+    for t in tl.static_range(AHEAD):
+        tile = _weight_tile(weight, scales, zeros, weight_row, in_out, t, n_words, n_groups, quads_per_group,
+                            BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
+        under_way = under_way + (tile,)  # noqa: RUF005  Triton does not unpack
+    norm = norm_of(norm_weight, EPILOGUE, BLOCK_OUT)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if N_SUMS:  # loaded before the loop, whose length hides how long that takes; as is what y already holds
@@ -300,10 +308,12 @@ def matvec_kernel(
     before = before_sum(y, n_rows, out_features, EPILOGUE, ROWS, BLOCK_OUT)
     acc = tl.zeros([OUTS, ROWS, BLOCK_WORDS if BITS == 16 else QUADS], tl.float32)
     for t in tl.static_range(N_TILES):
-        q, scale, zero = tile
-        if t + 1 < N_TILES:  # the next tile is under way while this one is multiplied
-            tile = _weight_tile(weight, scales, zeros, weight_row, in_out, t + 1, n_words, n_groups, quads_per_group,
-                                BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
+        q, scale, zero = under_way[0]
+        under_way = under_way[1:]
+        if t + AHEAD < N_TILES:
+            tile = _weight_tile(weight, scales, zeros, weight_row, in_out, t + AHEAD, n_words, n_groups,
+                                quads_per_group, BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip
+            under_way = under_way + (tile,)  # noqa: RUF005
         mask = row < n_rows
         at = word + t * BLOCK_WORDS
         in_words = mask if EVEN else mask & (at < n_words)
@@ -332,5 +342,5 @@ def matvec_kernel(
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [BLOCK_OUT, 2, ROWS]), [0, 2, 1]))
         total = gated(gate, up)
-    finish(total, before, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
+    finish(total, before, y, norm, next_x, next_scales, next_sums, counters, n_rows, out_features,
            EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip

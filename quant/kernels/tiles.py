@@ -16,7 +16,7 @@ keeps enough bytes on their way; their sums meet once, at the end.
 import triton
 import triton.language as tl
 
-from quant.kernels.epilogue import before_sum, finish, gated, root_mean_square, squares_of
+from quant.kernels.epilogue import before_sum, finish, gated, norm_of, root_mean_square, squares_of
 from quant.kernels.ptx import add_bfloat16, multiply_bfloat16, unpack_int4, unpack_int8
 
 TILE_WORDS = 16
@@ -84,6 +84,7 @@ def tile_kernel(
         tile = _weight_tile(weight, scales, zeros, stored_row, warp + t * WARPS, more, n_words, n_groups,
                             quads_per_group, ASYMMETRIC, GROUPS, EVEN)  # fmt: skip
         under_way = under_way + (tile,)  # noqa: RUF005  Triton does not unpack
+    norm = norm_of(norm_weight, EPILOGUE, BLOCK_OUT)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if N_SUMS:  # on their way during the loop, as is what y already holds
@@ -109,7 +110,7 @@ def tile_kernel(
         pairs = tl.permute(tl.reshape(total, [EIGHTS // 2, 2, 8, ROWS]), [0, 2, 3, 1])
         gate, up = tl.split(tl.reshape(pairs, [BLOCK_OUT, ROWS, 2]))
         total = gated(gate, up)
-    finish(total, before, y, norm_weight, next_x, next_scales, next_sums, counters, n_rows, out_features,
+    finish(total, before, y, norm, next_x, next_scales, next_sums, counters, n_rows, out_features,
            EPILOGUE, NEXT_BITS, NEXT_ROUNDING, ROWS, BLOCK_OUT)  # fmt: skip
 
 

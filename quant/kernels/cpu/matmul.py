@@ -97,6 +97,7 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
     return Job(_matmul_kernel(kind.name, _digest()), -(-n_blocks // per_task), arguments)
 
 
+@functools.cache
 def _digest() -> str:
     return pool.digest(Path(__file__).parent)
 

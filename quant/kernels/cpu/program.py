@@ -23,7 +23,7 @@ from numba import types
 
 from quant.kernels.cpu import pool
 from quant.kernels.cpu.inline import inlined
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, NEXT_TASK, Job
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 
 _KERNEL, _INSIDE, _WAITS, _JOB, _ROW = 0, 1, 2, 8, 32
 """Places in a row, and its length; what is changed all the time has a cache line of its own."""
@@ -33,21 +33,34 @@ _SPINS = 2000
 
 
 class Program:
-    """Steps of jobs, to be run as often as wanted. The addresses in them must stay valid."""
+    """Steps of jobs for any number of rows, to be run as often as wanted. The addresses in them must stay valid.
 
-    def __init__(self, steps: Sequence[Sequence[Job]]) -> None:
-        jobs = [(job, at == 0) for step in steps for at, job in enumerate(step)]
-        self._rows = np.zeros((len(jobs), _ROW), dtype=np.int64)
-        for row, (job, waits) in zip(self._rows, jobs, strict=True):
-            row[[_KERNEL, _WAITS, _JOB + N_TASKS]] = job.kernel, waits, job.n_tasks
-            row[_JOB + ARGUMENTS : _JOB + ARGUMENTS + len(job.arguments)] = job.arguments
-        self._walk = (_walking_kernel(pool.digest(Path(__file__).parent)), self._rows.ctypes.data, len(jobs))
+    What depends on the number of rows, tasks or arguments, must do so linearly: the steps for none and those for one
+    then tell those for any number.
+    """
 
-    def run(self, n_threads: int) -> None:
-        """Run all steps on `n_threads` threads, this one among them."""
-        self._rows[:, _JOB + NEXT_TASK] = 0
+    def __init__(self, of_none: Sequence[Sequence[Job]], of_one: Sequence[Sequence[Job]]) -> None:
+        self._of_none = _table(of_none)
+        self._of_each = _table(of_one) - self._of_none
+        self._rows = np.empty_like(self._of_none)
+        self._walk = (_walking_kernel(pool.digest(Path(__file__).parent)), self._rows.ctypes.data, len(self._rows))
+
+    def run(self, n_threads: int, n_rows: int = 1) -> None:
+        """Run all steps for `n_rows` rows on `n_threads` threads, this one among them."""
+        np.multiply(self._of_each, n_rows, out=self._rows)
+        self._rows += self._of_none
         kernel, *arguments = self._walk
         pool.run(Job(kernel, n_threads, (*arguments, _yield_address())), n_threads)
+
+
+def _table(steps: Sequence[Sequence[Job]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """A row of words for each job; the places of what changes while they run are 0."""
+    jobs = [(job, at == 0) for step in steps for at, job in enumerate(step)]
+    table = np.zeros((len(jobs), _ROW), dtype=np.int64)
+    for row, (job, waits) in zip(table, jobs, strict=True):
+        row[[_KERNEL, _WAITS, _JOB + N_TASKS]] = job.kernel, waits, job.n_tasks
+        row[_JOB + ARGUMENTS : _JOB + ARGUMENTS + len(job.arguments)] = job.arguments
+    return table
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

@@ -10,7 +10,7 @@ read them before the queries are there.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -32,6 +32,9 @@ class Blocks:
     warps: int
     stages: int
 
+
+HOPPER_BLOCKS, BLOCKS = Blocks(128, 8, 3), Blocks(64, 4, 2)
+"""Of head_dim 128 in 16 bits: for compute capability 9.0, and for the 99 KiB of shared memory of consumer cards."""
 
 INTERPRETED_BLOCKS = Blocks(16, 4, 1)
 
@@ -143,7 +146,7 @@ def decode_attention(
         ROWS=max(8, triton.next_power_of_2(group)),
         COLUMNS=columns,
         KEYS=blocks.keys,
-        HEADS=_heads_at_once(group, scratch.n_splits, columns),
+        HEADS=triton.next_power_of_2(group),
         STAGES=blocks.stages,
         INTERPRETED=keys.device.type == "cpu",
         PDL=pdl,
@@ -153,20 +156,12 @@ def decode_attention(
 
 
 def _blocks_for(keys: torch.Tensor) -> Blocks:
-    """128 keys of head_dim 128 in 16 bits, else as many bytes; of 8 bits half, for they are widened in registers.
-
-    Two blocks on their way take 128 KiB of shared memory.
-    """
+    """Blocks of as many bytes, whatever head_dim and dtype; of 8 bits half, for they are widened in registers."""
     if keys.device.type == "cpu":
         return INTERPRETED_BLOCKS
-    n_keys = 128 if keys.shape[3] <= 128 else 64
-    return Blocks(n_keys // (1 if keys.itemsize == 2 else 2), 4, 2)
-
-
-def _heads_at_once(group: int, n_splits: int, columns: int) -> int:
-    """How many heads the combination takes together: 64 registers for each of 128 threads."""
-    heads: int = triton.next_power_of_2(group)
-    return max(1, min(heads, 8192 // (n_splits * columns)))
+    blocks = HOPPER_BLOCKS if torch.cuda.get_device_capability(keys.device) == (9, 0) else BLOCKS
+    smaller = (1 if keys.itemsize == 2 else 2) * (1 if keys.shape[3] <= 128 else 2)
+    return replace(blocks, keys=blocks.keys // smaller)
 
 
 @triton.jit
@@ -272,11 +267,10 @@ def _decode_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == n_active - 1:
         tl.store(arrived + pair, 0)
-        for head in tl.static_range(0, GROUP, HEADS):
-            _combine(
-                sums_out, statistics, n_active, out, out_scales, sequence, n_kv_heads, kv_head, head,
-                GROUP, HEAD_DIM, N_SPLITS, BITS, ROUNDING, HEADS, COLUMNS,
-            )  # fmt: skip
+        _combine(
+            sums_out, statistics, n_active, out, out_scales, sequence, n_kv_heads, kv_head,
+            GROUP, HEAD_DIM, BITS, ROUNDING, HEADS, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -425,32 +419,40 @@ def _combine(
     sequence,
     n_kv_heads,
     kv_head,
-    first_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    N_SPLITS: tl.constexpr,
     BITS: tl.constexpr,
     ROUNDING: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The softmax over all splits for HEADS heads of the group. What others wrote is read past this SM's own cache."""
-    splits = tl.arange(0, N_SPLITS)
-    heads = first_head + tl.arange(0, HEADS)
-    columns = tl.arange(0, COLUMNS)
-    at = statistics + splits[:, None] * (2 * GROUP) + heads[None, :]
-    in_splits = splits < n_active
-    mask = in_splits[:, None] & (heads < GROUP)[None, :]
-    largest = tl.load(at, mask=mask, other=-1e30, cache_modifier=".cg")  # (N_SPLITS, HEADS)
-    total = tl.load(at + GROUP, mask=mask, other=1.0, cache_modifier=".cg")
-    weights = tl.exp2(largest - tl.max(largest, axis=0)[None, :])
-    weights = weights / tl.sum(weights * total, axis=0)[None, :]
-    mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    place = heads[:, None] * HEAD_DIM + columns[None, :]
-    at = sums + splits[:, None, None] * (GROUP * HEAD_DIM) + place[None, :, :]
-    mask = in_splits[:, None, None] & mask[None, :, :]
-    parts = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    combined = tl.sum(parts * weights[:, :, None], axis=0)
+    """The softmax over all splits of the group's heads. What others wrote is read past this SM's own cache.
+
+    One split comes after the other, with all threads side by side along the columns, so that nothing goes from thread
+    to thread; eight of them are on their way at once.
+    """
+    heads = tl.arange(0, HEADS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    in_group = heads < GROUP
+    largest = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    combined = tl.zeros([HEADS, COLUMNS], tl.float32)
+    for first in tl.range(0, n_active, 8, num_stages=1):
+        for i in tl.static_range(8):
+            split = first + i
+            mask = in_group & (heads * 0 + split < n_active)
+            at = statistics + split * 2 * GROUP + heads
+            split_largest = tl.load(at, mask=mask, other=-1e30, cache_modifier=".cg")
+            split_total = tl.load(at + GROUP, mask=mask, other=0.0, cache_modifier=".cg")
+            in_head = mask[:, None] & (columns < HEAD_DIM)
+            at = sums + (split * GROUP + heads)[:, None] * HEAD_DIM + columns
+            part = tl.load(at, mask=in_head, other=0.0, cache_modifier=".cg")
+            new_largest = tl.maximum(largest, split_largest)
+            shrink, weight = tl.exp2(largest - new_largest), tl.exp2(split_largest - new_largest)
+            total = total * shrink + split_total * weight
+            combined = combined * shrink[:, None] + part * weight[:, None]
+            largest = new_largest
+    combined *= (1 / tl.where(in_group, total, 1.0))[:, None]
     _store(
         combined, sequence, n_kv_heads, kv_head, heads, out, out_scales,
         GROUP, HEAD_DIM, BITS, ROUNDING, HEADS, COLUMNS,

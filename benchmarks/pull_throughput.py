@@ -4,13 +4,14 @@
 
 The server is processes that call sendfile, one for each connection, so that it is not what limits. In each round the
 three take turns. curl fetches the files one after the other and checks nothing; huggingface_hub checks sizes; ours
-checks SHA-256. Medians of the rounds, and of each round's ratio.
+checks SHA-256. Medians of the rounds, and of each round's ratio; processor time is that of the client alone.
 """
 
 import argparse
 import hashlib
 import os
 import re
+import resource
 import shutil
 import socket
 import statistics
@@ -110,15 +111,21 @@ def by_huggingface_hub(url: str, names: dict[str, str], target: Path) -> None:
 
 def measured(
     fetch: Callable[[str, dict[str, str], Path], None], url: str, names: dict[str, str], place: Path
-) -> float:
-    """Seconds, with nothing there before; what was fetched is removed."""
+) -> tuple[float, float]:
+    """Seconds, and those of processor time, with nothing there before; what was fetched is removed."""
     target = place / "target"
     target.mkdir()
-    started = time.perf_counter()
+    started, processor_s = time.perf_counter(), processor_seconds()
     fetch(url, names, target)
-    seconds = time.perf_counter() - started
+    seconds, processor_s = time.perf_counter() - started, processor_seconds() - processor_s
     shutil.rmtree(target)
-    return seconds
+    return seconds, processor_s
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it waited for: curl, and not the server."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> None:
@@ -142,12 +149,14 @@ def main() -> None:
         listener.close()
         ways = {"curl": by_curl, "mistral": by_us, "huggingface_hub": by_huggingface_hub}
         taken: dict[str, list[float]] = {name: [] for name in ways}
+        used: dict[str, list[float]] = {name: [] for name in ways}
         try:
             for number in range(options.rounds + 1):
                 for name, fetch in ways.items():
-                    seconds = measured(fetch, url, names, place)
+                    seconds, processor_s = measured(fetch, url, names, place)
                     if number:  # the first round imports and warms up
                         taken[name].append(seconds)
+                        used[name].append(processor_s)
         finally:
             os.kill(server, 9)
     for name, all_seconds in taken.items():
@@ -155,7 +164,8 @@ def main() -> None:
         rate = options.size / statistics.median(all_seconds) / 1e6
         print(
             f"{name:16} {rate:6.0f} MB/s, {statistics.median(ratios):.2f} of curl's speed "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"({min(ratios):.2f} to {max(ratios):.2f}), "
+            f"{statistics.median(used[name]) / options.size * 1e9:.2f} s of processor time a GB"
         )
     print(
         f"{size_text(options.size)} in {options.files} files, {options.rounds} rounds, load {os.getloadavg()[0]:.1f}",

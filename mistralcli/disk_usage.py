@@ -1,7 +1,6 @@
 """What this program keeps on disk, and how much that takes: models, leftovers, chats, compiled kernels."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Literal
 import platformdirs
 
 from mistralcli.errors import DiskError
-from mistralcli.hub_cache import PART_SUFFIX, cache_directory, repo_directory
+from mistralcli.hub_cache import PART_SUFFIX, cache_directory, is_locked, repo_directory
 from mistralcli.inventory import StoredModel, is_ours, list_models
 from mistralcli.store import sessions_directory
 
@@ -38,7 +37,7 @@ def disk_usage() -> list[Usage]:
     """All that is there, models first. What several revisions of a pulled model share counts once."""
     models = list_models()
     builds = [
-        Usage("build", model.name, (model.path,), model.size_bytes)
+        Usage("build", model.name, (model.path,), 0 if model.path.is_symlink() else model.size_bytes)
         for model in models
         if model.kind == "build"
     ]
@@ -47,22 +46,32 @@ def disk_usage() -> list[Usage]:
 
 
 def size_bytes(paths: Iterable[Path]) -> int:
-    """What files, and those in directories, take together; a file that several names lead to counts once."""
+    """What files, and those in directories, take together; a file that several names lead to counts once.
+
+    Of a file with holes, as one is that is still coming, only what is in it counts.
+    """
     files = {}
     for path in paths:
         for file in [path] if path.is_file() else path.rglob("*"):
             with contextlib.suppress(OSError):  # gone meanwhile
                 if file.is_file():
                     status = file.stat()
-                    files[status.st_dev, status.st_ino] = status.st_size
+                    files[status.st_dev, status.st_ino] = min(status.st_size, status.st_blocks * 512)
     return sum(files.values())
 
 
 def freed_bytes(models: Iterable[StoredModel]) -> int:
-    """What the disk gets back when these go: not what other revisions of a pulled model share with them."""
+    """What the disk gets back when these go: not what other revisions of a pulled model share with them.
+
+    With the last revision goes what came of files that are not finished.
+    """
+    models, stored = list(models), list_models()
     going = {model.path for model in models if not model.path.is_symlink()}
-    kept = {model.path for model in list_models() if not model.path.is_symlink()} - going
-    return size_bytes(going | kept) - size_bytes(kept)
+    kept = {model.path for model in stored if not model.path.is_symlink()} - going
+    staying = {model.name for model in stored if model.path in kept}
+    ended = {model.name for model in models if model.kind == "hub"} - staying
+    parts = {part for name in ended for part in repo_directory(name).glob(_PARTS)}
+    return size_bytes(going | kept | parts) - size_bytes(kept)
 
 
 def remove(usage: Usage) -> None:
@@ -100,15 +109,7 @@ def _leftovers() -> Usage:
 def _is_coming(part: Path) -> bool:
     """Whether another process fetches that file now, and so has it locked."""
     name = part.name.partition(".")[0]
-    lock = cache_directory() / ".locks" / part.parent.parent.name / f"{name}.lock"
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_locked(cache_directory() / ".locks" / part.parent.parent.name / f"{name}.lock")
 
 
 def _chats() -> Usage:

@@ -102,9 +102,23 @@ def pull(
     wanted = parse_hub_model(model if revision is None else f"{model}@{revision}")
     if is_offline_mode():
         return _already_here(wanted)
-    source, listing = patiently(lambda: look_up(wanted, token), patience, on_note)
+    source, listing = look_up(wanted, token, patience, on_note)
+    while True:
+        try:
+            return _pull_commit(Fetching(source, patience, on_note), listing, on_progress)
+        except IntegrityError:
+            latest = look_up(wanted, token, patience, on_note)
+            if latest == (source, listing):
+                raise
+            source, listing = latest
+            on_note(f"{wanted} has changed on {source.request.host}: starting over with {source.commit[:12]}")
+
+
+def _pull_commit(fetching: "Fetching", listing: list[RemoteFile], on_progress: OnProgress | None) -> Path:
+    """Have one commit's files in its snapshot, and the branch or tag that names it."""
+    source, wanted = fetching.source, fetching.source.request.model
     files = choose_files(wanted.repo_id, listing)
-    fetching, progress = Fetching(source, patience, on_note), _Progress(on_progress, files)
+    progress = _Progress(on_progress, files)
     _refuse_unsupported(fetching, files[0])
     _require_space(source, files)
     if not source.snapshot.exists():  # else another tool may count on it
@@ -119,26 +133,32 @@ def pull(
         raise IntegrityError(
             f"{wanted} is incomplete on the Hub: {problem}", f"tell its owner at {source.request.page}"
         )
-    write_ref(wanted, source.commit)
+    with our_errors(source.request):
+        write_ref(wanted, source.commit)
     return source.snapshot
 
 
 def _already_here(model: HubModel) -> Path:
     snapshot = find_snapshot(model)
     if snapshot is None or checkpoint_problem(snapshot) is not None:
-        raise is_offline(model)
+        raise is_offline(f"{model} is not on this machine")
     return snapshot
 
 
-def is_offline(model: HubModel) -> NetworkError:
-    """What to say where the Hub must not be asked for a model."""
+def is_offline(what: str) -> NetworkError:
+    """What to say where the Hub must not be asked; `what` the matter is."""
     return NetworkError(
-        f"{model} is not on this machine, and --offline or HF_HUB_OFFLINE forbids asking the Hub",
+        f"{what}, and --offline or HF_HUB_OFFLINE forbids asking the Hub",
         "leave out --offline, unset HF_HUB_OFFLINE, and pull again",
     )
 
 
-def look_up(model: HubModel, token: str | None = None) -> tuple[Source, list[RemoteFile]]:
+def look_up(
+    model: HubModel,
+    token: str | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
+    on_note: OnNote = lambda _: None,
+) -> tuple[Source, list[RemoteFile]]:
     """Which commit a model is at on the Hub, and every file in it; nothing is downloaded.
 
     Raises:
@@ -147,7 +167,8 @@ def look_up(model: HubModel, token: str | None = None) -> tuple[Source, list[Rem
     _require_cache()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, our errors say
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also sends which agent runs it and torch's version
-    return _list_files(model, *find_token(token))
+    token_and_source = find_token(token)
+    return patiently(lambda: _list_files(model, *token_and_source, patience.timeout_s), patience, on_note)
 
 
 def _require_cache() -> None:
@@ -184,7 +205,7 @@ def find_token(flag: str | None) -> tuple[str | Literal[False], str | None]:
 
 
 def _list_files(
-    model: HubModel, token: str | Literal[False], token_source: str | None
+    model: HubModel, token: str | Literal[False], token_source: str | None, timeout_s: float
 ) -> tuple[Source, list[RemoteFile]]:
     """Ask the Hub which commit `model` is at, and for the name, size and hash of every file in it."""
     request = HubRequest(model, hub_endpoint(), token_source)
@@ -195,7 +216,7 @@ def _list_files(
                 model.repo_id,
                 revision=model.revision,
                 files_metadata=True,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+                timeout=timeout_s,
             )
             files = [_remote_file(sibling) for sibling in info.siblings or ()]
             gated = info.gated if isinstance(info.gated, str) else None
@@ -286,8 +307,7 @@ def _refuse_unsupported(fetching: Fetching, config: RemoteFile) -> None:
 
 
 def _require_space(source: Source, files: list[RemoteFile]) -> None:
-    blobs = {file: blob_path(source.repo_id, file.digest) for file in files}
-    needed = sum(file.size_bytes - part_bytes(blob) for file, blob in blobs.items() if not blob.is_file())
+    needed = sum(_missing_bytes(source, file) for file in files)
     place = next(path for path in cache_directory().joinpath("x").parents if path.is_dir())
     free = free_bytes(place)
     if needed > free:
@@ -295,6 +315,14 @@ def _require_space(source: Source, files: list[RemoteFile]) -> None:
             f"{source.request.model} needs {size_text(needed)}, and {place} has {size_text(free)} free",
             "free some space, or name a directory on a larger disk in HF_HOME",
         )
+
+
+def _missing_bytes(source: Source, file: RemoteFile) -> int:
+    """What a file will take beside what is here of it: without links, also where its content is here, for a copy."""
+    path, blob = source.snapshot / file.name, blob_path(source.repo_id, file.digest)
+    if path.is_file() or (blob.is_file() and not constants.HF_HUB_DISABLE_SYMLINKS):
+        return 0
+    return max(0, file.size_bytes - part_bytes(blob))
 
 
 def _obtain(fetching: Fetching, file: RemoteFile, progress: OnBytes) -> None:
@@ -335,8 +363,9 @@ def _locked(fetching: Fetching, file: RemoteFile) -> Iterator[None]:
 
 
 def _discard(source: Source, file: RemoteFile) -> None:
-    """Remove a damaged file from the cache, and from every snapshot that shares it."""
+    """Remove a damaged file from the cache, and from every snapshot that shares it; nothing outside the cache."""
     path = source.snapshot / file.name
-    path.resolve().unlink()
+    if path.resolve().is_relative_to(repo_directory(source.repo_id).resolve()):
+        path.resolve().unlink()
     drop_dangling(source.repo_id)
     path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ Ours alone are blobs/DIGEST.mistral-part and its journal, of a download that is 
 Nothing here imports huggingface_hub: `mistral run` finds its model without waiting for it.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -116,9 +117,9 @@ def find_snapshot(model: HubModel) -> Path | None:
 
 
 def write_ref(model: HubModel, commit: str) -> None:
-    """Record which commit the model's branch or tag is at; a commit needs no record."""
+    """Record which commit the model's branch or tag is at, unless that is known; a commit needs no record."""
     revision = model.revision or "main"
-    if revision == commit:
+    if revision == commit or refs(model.repo_id).get(revision) == commit:
         return
     path = repo_directory(model.repo_id) / "refs" / revision
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,26 @@ def lock_path(repo_id: str, digest: str) -> Path:
     return cache_directory() / ".locks" / repo_directory(repo_id).name / f"{digest}.lock"
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock on a file or directory."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def is_being_fetched(repo_id: str) -> bool:
+    """Whether another process fetches a file of that repository now."""
+    return any(map(is_locked, lock_path(repo_id, "").parent.glob("*.lock")))
+
+
 def enter_snapshot(blob: Path, path: Path, *, is_new: bool, use_links: bool = True) -> None:
     """Let `path` in a snapshot be the file whose content is `blob`: a relative link.
 
@@ -157,10 +178,11 @@ def enter_snapshot(blob: Path, path: Path, *, is_new: bool, use_links: bool = Tr
         with suppress(OSError, NotImplementedError):
             path.symlink_to(os.path.relpath(blob, path.parent))
             return
-    if is_new:
-        blob.replace(path)
-    else:
-        shutil.copyfile(blob, path)
+    if not is_new:
+        copy = blob.with_name(blob.name + PART_SUFFIX)  # half of it must not have the file's name
+        shutil.copyfile(blob, copy)
+        blob = copy
+    blob.replace(path)
 
 
 def drop_dangling(repo_id: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
@@ -23,9 +24,9 @@ from mistralcli.errors import (
     NetworkError,
     UsageError,
 )
-from mistralcli.hub_cache import HubModel
+from mistralcli.hub_cache import HubModel, cache_directory
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 _CHECK_CONNECTION = "check the network connection, and HF_ENDPOINT if it is set"
 _MAX_QUOTE = 160
@@ -257,6 +258,13 @@ def _from_os(error: Any, request: HubRequest) -> MistralError | None:
             "the disk is full; what came so far was kept",
             "free some space and pull again, or name a larger disk in HF_HOME",
         )
+    if error.errno == errno.EFBIG:
+        return DiskError(
+            "the disk takes no file of this size; what came so far was kept",
+            "raise the limit if `ulimit -f` shows one, or name a disk with another file system in HF_HOME",
+        )
+    if error.errno == errno.ENOENT and Path(error.filename or "").is_relative_to(cache_directory()):
+        return DiskError(f"{error.filename} was removed meanwhile", "pull again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return DiskError(
             f"{error.filename} cannot be written: {error.strerror}", "name another directory in HF_HOME"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -23,6 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # its table o
 
 from mistralcli import __version__
 from mistralcli.errors import IntegrityError, MistralError, NetworkError
+from mistralcli.hub_body import Body, BrokenOffError
 from mistralcli.hub_errors import HubRequest, is_passing, not_the_hub, retry_after_s, translated
 from mistralcli.hub_files import RemoteFile
 
@@ -30,9 +31,6 @@ LIBRARY = "mistral-cli"
 """How we introduce ourselves to the Hub."""
 
 _MOST_REDIRECTS = 5
-_READ_BYTES = 1 << 20
-_SLOWEST_BYTES_PER_S = 1024
-"""A connection that brings less for a whole time-out is taken for a stalled one."""
 _EXPIRED = (400, 401, 403, 404, 410)
 """What a host that the Hub sends to answers when the address that it was given holds no longer."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -101,22 +99,14 @@ def patiently(action: Callable[[], _T], patience: Patience, on_note: Callable[[s
             failures += 1
             cause = error.__cause__
             asked_s = retry_after_s(cause) if isinstance(cause, Exception) else None
-            if failures > patience.retries or not isinstance(cause, Exception) or not is_passing(cause):
+            passes = isinstance(cause, Exception) and (isinstance(cause, BrokenOffError) or is_passing(cause))
+            if failures > patience.retries or not passes:
                 raise
             if type(cause).__name__ == "ConnectError" or (asked_s or 0) > patience.longest_asked_s:
                 raise  # without a network at the very start, waiting for one is not what was asked
             wait_s = patience.wait_s(failures, asked_s)
             on_note(f"{error.message}; trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
-
-
-@dataclass(frozen=True)
-class Body:
-    """What a server sends: bytes of the file from `start` to `end`, in pieces as they come, or fewer."""
-
-    start: int
-    end: int
-    pieces: Iterator[bytes]
 
 
 class Remote:
@@ -142,25 +132,43 @@ class Remote:
     def open(self, start: int, end: int) -> Iterator[Body]:
         """Ask for the bytes from `start` to `end`. The answer may be all of the file: its `start` is then 0.
 
+        BrokenOffError in the block, while the body is read, becomes TryAgainError as well.
+
         Raises:
-            TryAgainError: the network failed, or what came is not the file; also in the block, while it is read.
+            TryAgainError: the network failed, or what came is not the file.
             MistralError: trying again is no use.
         """
-        with failures_that_pass(self.request):
-            found = self._found
-            url = found or self._url
-            for _ in range(_MOST_REDIRECTS + 1):
-                with self._ask(url, start, end) as response:
-                    if not response.is_redirect:
-                        self._accept(response, url, was_found=found is not None)
-                        yield self._body(response, start, end)
-                        return
-                    url = self._next_url(url, response.headers.get("Location", ""))
+        found = self._found
+        url = found or self._url
+        for _ in range(_MOST_REDIRECTS + 1):
+            with self._failures_at(url), self._ask(url, start, end) as response:
+                if not response.is_redirect:
+                    self._accept(response, url, was_found=found is not None)
+                    yield self._body(response, start, end)
+                    return
+                url = self._next_url(url, response.headers.get("Location", ""))
         raise TryAgainError(
             NetworkError(
                 f"{self.request.host} redirects more than {_MOST_REDIRECTS} times", "try again later"
             )
         )
+
+    @contextmanager
+    def _failures_at(self, url: str) -> Iterator[None]:
+        """Name the host that fails; after any failure the Hub is asked again where the file is."""
+        request = self.request if self._is_hub(url) else replace(self.request, endpoint=_origin(url))
+        try:
+            with failures_that_pass(request):
+                yield
+        except (BrokenOffError, TryAgainError) as error:
+            if self._found == url:
+                self._found = None
+            if isinstance(error, TryAgainError):
+                raise
+            how = f"the transfer of {self.file.name} from {request.host} broke off: {error}"
+            raise TryAgainError(
+                NetworkError(how, "check the network connection, or pull again later")
+            ) from error
 
     def _ask(self, url: str, start: int, end: int) -> Any:
         headers = build_hf_headers(
@@ -200,18 +208,18 @@ class Remote:
             raise TryAgainError(self._other_length())
         is_elsewhere = url != self._url and (was_found or not self._is_hub(url))
         if is_elsewhere and response.status_code in _EXPIRED:
-            self._found = None
             gone = NetworkError(
                 f"{self.request.host} sends to a place that refuses {self.file.name} (status {response.status_code})",
                 "pull again later",
             )
             raise TryAgainError(gone, 0.0 if was_found else None)
+        if response.headers.get("X-Error-Code") == "RevisionNotFound":
+            raise IntegrityError(
+                f"{self.request.model} has changed on {self.request.host}: the commit that it was at is gone",
+                "pull again",
+            )
         hf_raise_for_status(response)
         raise TryAgainError(not_the_hub(None, self.request))
-
-    def broken_off(self, how: str) -> NetworkError:
-        """What to say of an answer that is not all that it should be."""
-        return NetworkError(f"the transfer of {self.file.name} from {self.request.host} broke off: {how}")
 
     def _other_length(self) -> IntegrityError:
         return IntegrityError(
@@ -234,7 +242,7 @@ class Remote:
             raise TryAgainError(not_the_hub(None, self.request))
         if encoding != "identity":
             raise TryAgainError(not_the_hub(None, self.request))
-        return Body(start, end, self._in_time(_pieces(response, end - start, self._timeout_s)))
+        return Body(response, start, end, self._timeout_s)
 
     def _content_range(self, response: Any) -> tuple[int, int, int | None]:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -249,49 +257,13 @@ class Remote:
             "pull again later, or check HF_ENDPOINT and the proxy settings",
         )
 
-    def _in_time(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The pieces, as long as they bring more than a drip."""
-        began, n_bytes = time.monotonic(), 0
-        for piece in pieces:
-            yield piece
-            n_bytes += len(piece)
-            passed_s = time.monotonic() - began
-            if passed_s >= self._timeout_s:
-                if n_bytes < _SLOWEST_BYTES_PER_S * passed_s:
-                    raise TryAgainError(self._too_slow(n_bytes, passed_s))
-                began, n_bytes = time.monotonic(), 0
-
-    def _too_slow(self, n_bytes: int, passed_s: float) -> NetworkError:
-        return NetworkError(
-            f"{self.request.host} sent {n_bytes:,} bytes of {self.file.name} in {passed_s:.0f} seconds",
-            "check the network connection, or pull again later",
-        )
-
-
-def _pieces(response: Any, n_bytes: int, timeout_s: float) -> Iterator[bytes]:
-    """The body, at most `n_bytes` of it.
-
-    The HTTP library gives 64 KiB at a time, for 1.9 s of processor time a GB. So what follows the first piece of a long
-    body is read from the connection itself, 1 MiB at a time, for 1.0 s, as curl takes: when that piece is here nothing
-    else is buffered, and a body with a length has no other bytes in between. Such a connection is not used again.
-    """
-    length = response.headers.get("Content-Length", "")
-    n_bytes = min(n_bytes, int(length)) if length.isdigit() else n_bytes
-    stream = response.extensions.get("network_stream")
-    is_plain = length.isdigit() and response.http_version == "HTTP/1.1" and stream is not None
-    buffered = response.iter_raw()  # held until the end: letting go of it closes the connection
-    for piece in iter(lambda: next(buffered, b""), b""):
-        yield piece[:n_bytes]
-        n_bytes -= len(piece)
-        if n_bytes < 0 or (is_plain and n_bytes > _READ_BYTES):
-            break
-    while n_bytes > 0 and is_plain and (piece := stream.read(min(n_bytes, _READ_BYTES), timeout_s)):
-        yield piece
-        n_bytes -= len(piece)
-
 
 def _is_page(response: Any) -> bool:
     return str(response.headers.get("Content-Type", "")).lower().startswith("text/html")
+
+
+def _origin(url: str) -> str:
+    return "{}://{}".format(*_host(url))
 
 
 def _host(url: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """The models that are stored on this machine: listed, found and removed, the broken ones too."""
 
-import fcntl
-import os
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistralcli import stamps
-from mistralcli.config import MODEL_TYPES, read_config
+from mistralcli.config import MODEL_TYPES, read_config, read_json
 from mistralcli.demo import DEMO
 from mistralcli.errors import DiskError, MistralError, ModelNotFoundError, UsageError
 from mistralcli.hub_cache import (
@@ -20,6 +19,8 @@ from mistralcli.hub_cache import (
     cached_repo_ids,
     drop_dangling,
     find_snapshot,
+    is_being_fetched,
+    is_locked,
     refs,
     snapshots,
 )
@@ -33,9 +34,13 @@ from mistralcli.store import (
     not_found,
     read_or_empty,
 )
-from quant.staging import can_be_resumed
+from quant.files import STEMS, weight_files
+from quant.staging import CARD, can_be_resumed
 
 Kind = Literal["build", "hub"]
+
+_LONGEST_HEADER_BYTES = 16 << 20
+"""Of a file of weights: a 123B model's have 0.1 MB in all."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ def remove(model: StoredModel) -> None:
     """Delete a stored model; what other revisions in the Hub's cache share with it stays.
 
     Raises:
+        UsageError: another process is making it, or fetches it.
         DiskError: it cannot be deleted.
     """
-    _require_idle(model.path)
+    require_idle(model)
     try:
         if model.kind == "hub":
             _remove_pulled(model)
@@ -122,26 +128,23 @@ def remove(model: StoredModel) -> None:
             shutil.rmtree(model.path)
     except OSError as error:
         raise DiskError(
-            f"{error.filename or model.path} cannot be removed: {error.strerror}", "check who owns it"
+            f"{model.path} cannot be removed: {error.strerror}", "check who owns it, and the disk"
         ) from error
     if model.path.exists():
         raise DiskError(f"{model.path} cannot be removed", "check who owns it")
     stamps.drop(model.path)
 
 
-def _require_idle(path: Path) -> None:
-    """Raise UsageError where another process is making it, and so has it locked."""
-    making = path.with_name(f"{path.name.removesuffix(PARTIAL).removesuffix('.spool')}{PARTIAL}")
-    if path.name.endswith(PARTIAL) and making.is_dir():
-        descriptor = os.open(making, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{path.name} is being made by another process", "wait for it, or stop it"
-            ) from None
-        finally:
-            os.close(descriptor)
+def require_idle(model: StoredModel) -> None:
+    """Raise UsageError where another process is making it or fetches it, and so has it locked."""
+    if model.kind == "hub":
+        is_busy, what = is_being_fetched(model.name), "pulled"
+    else:
+        name = model.path.name.removesuffix(PARTIAL).removesuffix(".spool")
+        parts = [model.path.with_name(f"{name}{suffix}") for suffix in (PARTIAL, f".spool{PARTIAL}")]
+        is_busy, what = model.path in parts and any(map(is_locked, parts)), "made"
+    if is_busy:
+        raise UsageError(f"{model.name} is being {what} by another process", "wait for it, or stop it")
 
 
 def is_ours(model: StoredModel) -> bool:
@@ -234,17 +237,22 @@ def _build_problem(path: Path) -> Broken | None:
         return Broken("half-made", go_on if is_pulled or can_be_resumed(whole) else again)
     if failed_its_gate(path):
         return Broken("failed its quality gate", f"make it again with more bits, or `mistral rm {path.name}`")
-    problem = checkpoint_problem(path) or _config_problem(path)
+    problem = _problem(path) or _card_problem(path)
     return None if problem is None else Broken(problem, again)
 
 
 def _pulled_problem(name: str, path: Path) -> Broken | None:
-    problem = checkpoint_problem(path) or _config_problem(path)
+    problem = _problem(path)
     if problem is None:
         return None
     is_begun = any((path.parent.parent / "blobs").glob(f"*{PART_SUFFIX}"))
     reason, pull = ("half-pulled", "go on with") if is_begun else (problem, "fetch it again with")
     return Broken(reason, f"{pull} `mistral pull {name}`, or `mistral rm {name}`")
+
+
+def _problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be run, as far as names, the configuration and the weights' headers tell."""
+    return checkpoint_problem(path) or _config_problem(path) or _weights_problem(path)
 
 
 def _config_problem(path: Path) -> str | None:
@@ -254,6 +262,36 @@ def _config_problem(path: Path) -> str | None:
             read_config(path)
     except MistralError as error:
         return error.message
+    return None
+
+
+def _weights_problem(path: Path) -> str | None:
+    """Which file of weights has not the length that its header accounts for: a copy that broke off, for one."""
+    for name in next(filter(None, (weight_files(path, stem) for stem in STEMS)), []):
+        try:
+            size_bytes, stated = (path / name).stat().st_size, _stated_size(path / name)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return f"{name} is no safetensors file"
+        if size_bytes != stated:
+            return f"{name} has {size_bytes:,} bytes instead of {stated:,}"
+    return None
+
+
+def _stated_size(path: Path) -> int:
+    """The bytes of a safetensors file by its own header. Raises ValueError or the like where it has none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, _LONGEST_HEADER_BYTES)))
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return 8 + length + int(max(ends, default=0))
+
+
+def _card_problem(path: Path) -> str | None:
+    try:
+        if (path / CARD).is_file():
+            read_json(path / CARD)
+    except MistralError:
+        return f"its {CARD} cannot be read"
     return None
 
 

@@ -108,6 +108,10 @@ class PartFile:
         """The pieces that are not whole, in order."""
         return [index for index, n_bytes in enumerate(self._written) if n_bytes < self.length(index)]
 
+    def is_empty(self, index: int) -> bool:
+        """Whether nothing of a piece is here."""
+        return not self._written[index]
+
     @property
     def received_bytes(self) -> int:
         return sum(self._written)
@@ -120,9 +124,12 @@ class PartFile:
                 return index * self.piece_bytes + n_bytes
         return self.size_bytes
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Take bytes that belong at `offset`: what is missing of them, as far as no gap would be left before it."""
-        view, end = memoryview(data), offset + len(data)
+    def write(self, offset: int, data: bytes | memoryview) -> int:
+        """Take bytes that belong at `offset`: what is missing of them, as far as no gap would be left before it.
+
+        Returns how many were taken.
+        """
+        view, end, n_taken = memoryview(data), offset + len(data), 0
         while offset < end:
             index = offset // self.piece_bytes
             first, piece_end = self.gap(index)
@@ -130,7 +137,9 @@ class PartFile:
             if offset <= first < stop:
                 self._put(first, view[first - offset : stop - offset])
                 self._note(index, stop)
+                n_taken += stop - first
             view, offset = view[stop - offset :], stop
+        return n_taken
 
     def _put(self, offset: int, view: memoryview) -> None:
         while view:

@@ -18,11 +18,10 @@ from mistralcli.device import DTYPES, choose_dtype, default_chunk, free_memory_b
 from mistralcli.errors import (
     AccessError,
     IntegrityError,
-    NetworkError,
     NotEnoughMemoryError,
     UsageError,
 )
-from mistralcli.hub import Source, look_up
+from mistralcli.hub import Fetching, Source, is_offline, look_up
 from mistralcli.hub_cache import parse_hub_model, repo_directory
 from mistralcli.hub_files import RemoteFile, choose_files
 from mistralcli.hub_http import DEFAULT_PATIENCE, Patience, patiently
@@ -143,17 +142,16 @@ def plan_pull(
     """
     wanted = parse_hub_model(model)
     if is_offline_mode():
-        raise NetworkError(
-            f"a plan for {wanted} needs the Hub, and HF_HUB_OFFLINE forbids asking it", "unset HF_HUB_OFFLINE"
-        )
-    source, listing = patiently(lambda: look_up(wanted, token), patience, on_note)
+        raise is_offline(f"a plan for {wanted} needs the Hub")
+    source, listing = look_up(wanted, token, patience, on_note)
+    fetching = Fetching(source, patience, on_note)
     chosen = choose_files(wanted.repo_id, listing)
     names = {file.name for file in chosen}
     blobs = repo_directory(wanted.repo_id) / "blobs"
     place = next(path for path in blobs.parents if path.is_dir())
     weights, refusal = None, None
     try:
-        weights = patiently(lambda: _weights(source, chosen), patience, on_note)
+        weights = patiently(lambda: _weights(fetching, chosen), patience, on_note)
     except AccessError as error:
         refusal = error
     return PullPlan(
@@ -181,9 +179,9 @@ def left_out_because(name: str) -> str:
     return next(found, "documents and pictures" if base.startswith((".", "readme")) else _NOT_NEEDED)
 
 
-def _weights(source: Source, chosen: Sequence[RemoteFile]) -> Weights:
-    config = _read_config(source, [chosen[0], *(file for file in chosen if file.name == QUANTIZE_CONFIG)])
-    tensors = read_tensors(source, chosen)
+def _weights(fetching: Fetching, chosen: Sequence[RemoteFile]) -> Weights:
+    config = _read_config(fetching, [chosen[0], *(file for file in chosen if file.name == QUANTIZE_CONFIG)])
+    tensors = read_tensors(fetching, chosen)
     if chosen[0].name == "params.json":  # which does not state the type
         config = replace(config, dtype=str(tensors.spec(tensors.names()[0]).dtype).removeprefix("torch."))
     check_tensors(config, tensors)
@@ -200,15 +198,16 @@ def _weights(source: Source, chosen: Sequence[RemoteFile]) -> Weights:
     )
 
 
-def _read_config(source: Source, files: Sequence[RemoteFile]) -> ModelConfig:
+def _read_config(fetching: Fetching, files: Sequence[RemoteFile]) -> ModelConfig:
     """The configuration, in all the files that state it, held to the Hub's hashes, and read where it leaves nothing."""
+    request = fetching.source.request
     with tempfile.TemporaryDirectory(prefix="mistral-") as directory:
         for file in files:
             path = Path(directory) / file.name
-            path.write_bytes(read_small(source, file))
+            path.write_bytes(read_small(fetching, file))
             if not file.matches(path):
                 raise IntegrityError(
-                    f"{file.name} of {source.request.model} is not what {source.request.host} lists, by size or hash",
+                    f"{file.name} of {request.model} is not what {request.host} lists, by size or hash",
                     "it was damaged on the way: try again",
                 )
         return read_config(Path(directory))

@@ -5,8 +5,11 @@ What belongs to the weights comes first, into a directory beside the build; then
 holds depends on where the tensors came from; only the comparison with the source is left out, which is not here.
 """
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +28,9 @@ from mistralcli.errors import (
 )
 from mistralcli.hub import Fetching, is_offline, look_up
 from mistralcli.hub_cache import blob_path, parse_hub_model
+from mistralcli.hub_errors import our_errors
 from mistralcli.hub_files import RemoteFile, choose_files
-from mistralcli.hub_http import Patience, patiently
+from mistralcli.hub_http import Patience
 from mistralcli.remote_source import (
     DamagedShardError,
     Reader,
@@ -128,12 +132,52 @@ def pull_quantized(
         )
     wanted = parse_hub_model(model)
     if is_offline_mode():
-        raise is_offline(wanted)
-    source, listing = patiently(lambda: look_up(wanted, token), patience, on_note)
+        raise is_offline(f"the weights of {wanted} come from the Hub to be quantized")
+    source, listing = look_up(wanted, token, patience, on_note)
     files = choose_files(wanted.repo_id, listing)
     fetching = Fetching(source, patience, on_note)
     place = destination.with_name(f"{destination.name}.spool{PARTIAL}")
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with our_errors(source.request):
+            place.mkdir(parents=True, exist_ok=True)
+        with _claimed(place, destination):
+            incoming = _incoming(model, fetching, files, recipe, destination, place, on_progress)
+            report = _build(incoming, on_note)
+    except (*_OF_THE_HUB, DiskError) as error:
+        raise _kept(error, destination) from error
+    except QualityError:
+        shutil.rmtree(place)  # the build is there, marked
+        raise
+    shutil.rmtree(place)
+    return report
+
+
+@contextmanager
+def _claimed(place: Path, destination: Path) -> Iterator[None]:
+    """Lock the directory, so that no other process fetches into it or removes it."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is making {destination}", "wait for it, or choose another name"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _incoming(
+    model: str,
+    fetching: Fetching,
+    files: list[RemoteFile],
+    recipe: Recipe,
+    destination: Path,
+    place: Path,
+    on_progress: OnProgress,
+) -> _Incoming:
+    """Have what belongs to the weights in `place`, and of them the headers."""
     small = [file for file in files if not file.name.endswith(_WEIGHTS)]
     for file in small:
         _have(fetching, file, place / file.name)
@@ -145,16 +189,7 @@ def pull_quantized(
         raise
     shards = [read_shard(fetching, file) for file in files if file not in small]
     progress = _Progress(on_progress, sum(shard.file.size_bytes for shard in shards))
-    incoming = _Incoming(model, fetching, shards, recipe, destination, place, progress)
-    try:
-        report = _build(incoming, on_note)
-    except _OF_THE_HUB as error:
-        raise _kept(error, destination) from error
-    except QualityError:
-        shutil.rmtree(place)  # the build is there, marked
-        raise
-    shutil.rmtree(place)
-    return report
+    return _Incoming(model, fetching, shards, recipe, destination, place, progress)
 
 
 def _have(fetching: Fetching, file: RemoteFile, path: Path) -> None:
@@ -179,8 +214,7 @@ def _build(incoming: _Incoming, on_note: OnNote) -> BuildReport:
         return _whole(incoming, incoming.spool())
     if room < build_bytes:
         raise DiskError(
-            f"the build takes {size_text(build_bytes)}, and {incoming.place.parent} has {size_text(room)} free",
-            "free some space, or name a directory on a larger disk with -o",
+            f"the build takes {size_text(build_bytes)}, and {incoming.place.parent} has {size_text(room)} free"
         )
     on_note(
         f"the disk has no room for a shard of {size_text(largest)}: it goes through memory, tensor by tensor"
@@ -212,10 +246,13 @@ def _named(error: DamagedShardError, incoming: _Incoming) -> IntegrityError:
 
 
 def _kept(error: MistralError, destination: Path) -> MistralError:
-    """The same error, saying what is kept."""
+    """The same error, saying what is kept; of the disk, where another place for all of it is named."""
     kept = f"what is done of {destination.name} is kept: the same command goes on with it"
-    kind = next(kind for kind in _OF_THE_HUB if isinstance(error, kind))
-    return kind(error.message, f"{error.hint}; {kept}" if error.hint else kept)
+    hint = (
+        "free some space, or name another directory with -o" if isinstance(error, DiskError) else error.hint
+    )
+    kind = next(kind for kind in (*_OF_THE_HUB, DiskError) if isinstance(error, kind))
+    return kind(error.message, f"{hint}; {kept}" if hint else kept)
 
 
 def _taken(directory: Path) -> int:

@@ -124,7 +124,7 @@ def read_shard(fetching: Fetching, file: RemoteFile) -> Shard:
 
     def start_of(n_bytes: int) -> bytes:
         return patiently(
-            lambda: read_start(fetching.source, file, n_bytes), fetching.patience, fetching.on_note
+            lambda: read_start(fetching, file, n_bytes), fetching.patience, fetching.on_note
         )
 
     start = start_of(min(_FIRST_BYTES, file.size_bytes))
@@ -244,7 +244,7 @@ class Stream:
         while filled < n_bytes:
             if not self._rest:
                 try:
-                    self._rest = memoryview(next(self._pieces))
+                    self._rest = next(self._pieces)
                 except IntegrityError as error:  # of another length than listed, or gone
                     assert self._current is not None
                     raise DamagedShardError(self._current, self._fetching.source.request.host) from error
@@ -255,8 +255,8 @@ class Stream:
         self._on_bytes(n_bytes)
         return data
 
-    def _receive(self, file: RemoteFile) -> Iterator[bytes]:
-        """The bytes of a file in order, whatever the network does, as long as patience allows."""
+    def _receive(self, file: RemoteFile) -> Iterator[memoryview]:
+        """The bytes of a file in order, whatever the network does, as long as patience allows: each until the next."""
         remote, patience = self._fetching.remote(file), self._fetching.patience
         position = failures = 0
         while position < file.size_bytes:
@@ -264,14 +264,12 @@ class Stream:
             try:
                 with remote.open(position, file.size_bytes) as body:
                     at = body.start
-                    for piece in body.pieces:
+                    for piece in body.pieces():
                         new = piece[max(0, position - at) :]
                         at += len(piece)
                         position += len(new)
                         if new:
                             yield new
-                if position < body.end:
-                    raise TryAgainError(remote.broken_off(f"{body.end - position:,} bytes were missing"))
             except TryAgainError as failure:
                 failures = 1 if position > before else failures + 1
                 if failures > patience.retries or (failure.after_s or 0) > patience.longest_asked_s:

@@ -12,10 +12,10 @@ from typing import Any
 
 from mistralcli.checkpoint_files import DTYPES, translated_name
 from mistralcli.errors import IntegrityError, NetworkError
-from mistralcli.hub import Source
+from mistralcli.hub import Fetching
 from mistralcli.hub_cache import repo_directory
 from mistralcli.hub_files import RemoteFile
-from mistralcli.hub_http import DEFAULT_PATIENCE, Remote, TryAgainError
+from mistralcli.hub_http import TryAgainError
 from quant.tensors import TensorSpec
 
 _LENGTH_BYTES = 8
@@ -41,7 +41,7 @@ class RemoteTensors:
         return self.specs[name]
 
 
-def read_tensors(source: Source, files: Sequence[RemoteFile]) -> RemoteTensors:
+def read_tensors(fetching: Fetching, files: Sequence[RemoteFile]) -> RemoteTensors:
     """The tensors in those of the `files` that are safetensors, from their headers.
 
     Raises:
@@ -51,24 +51,25 @@ def read_tensors(source: Source, files: Sequence[RemoteFile]) -> RemoteTensors:
     specs: dict[str, TensorSpec] = {}
     for file in files:
         if file.name.endswith(".safetensors"):
-            own = {_name(file, name): spec for name, spec in read_header(source, file).items()}
+            own = {_name(file, name): spec for name, spec in read_header(fetching, file).items()}
             twice = own.keys() & specs.keys()
             if twice:
                 raise _unsound(file, f"the tensor {min(twice)!r} is in another file too")
             specs |= own
-    return RemoteTensors(f"{source.request.model} on {source.request.host}", specs)
+    request = fetching.source.request
+    return RemoteTensors(f"{request.model} on {request.host}", specs)
 
 
 def _name(file: RemoteFile, name: str) -> str:
     return translated_name(name) if file.name.startswith("consolidated") else name
 
 
-def read_header(source: Source, file: RemoteFile) -> dict[str, TensorSpec]:
+def read_header(fetching: Fetching, file: RemoteFile) -> dict[str, TensorSpec]:
     """The tensors of one safetensors file."""
-    start = read_start(source, file, min(_FIRST_BYTES, file.size_bytes))
+    start = read_start(fetching, file, min(_FIRST_BYTES, file.size_bytes))
     length = _header_bytes(file, start)
     if len(start) < _LENGTH_BYTES + length:
-        start = read_start(source, file, _LENGTH_BYTES + length)
+        start = read_start(fetching, file, _LENGTH_BYTES + length)
     return parse_header(file, start[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
 
@@ -119,21 +120,22 @@ def _unsound(file: RemoteFile, why: str) -> IntegrityError:
     )
 
 
-def read_small(source: Source, file: RemoteFile) -> bytes:
+def read_small(fetching: Fetching, file: RemoteFile) -> bytes:
     """All of a small file: a configuration or an index.
 
     Raises:
         IntegrityError: it is larger than any of those, or not what the Hub lists.
     """
     if file.size_bytes > _LONGEST_SMALL_BYTES:
+        model = fetching.source.request.model
         raise IntegrityError(
-            f"{file.name} of {source.request.model} has {file.size_bytes:,} bytes, which is no sound size for it",
+            f"{file.name} of {model} has {file.size_bytes:,} bytes, which is no sound size for it",
             "tell the model's owner, or pull another model",
         )
-    return read_start(source, file, file.size_bytes)
+    return read_start(fetching, file, file.size_bytes)
 
 
-def read_start(source: Source, file: RemoteFile, n_bytes: int) -> bytes:
+def read_start(fetching: Fetching, file: RemoteFile, n_bytes: int) -> bytes:
     """The first `n_bytes` of a file: of the copy in the cache where there is one, else from the Hub.
 
     No more is ever read, whatever the server sends.
@@ -141,27 +143,26 @@ def read_start(source: Source, file: RemoteFile, n_bytes: int) -> bytes:
     Raises:
         NetworkError: the server ends before that, or answers with something else.
     """
-    here = repo_directory(source.repo_id) / "blobs" / file.digest
+    here = repo_directory(fetching.source.repo_id) / "blobs" / file.digest
     if here.is_file() and here.stat().st_size == file.size_bytes:
         with here.open("rb") as blob:
             return blob.read(n_bytes)
     if not n_bytes:
         return b""
-    data = _fetch_start(source, file, n_bytes)
+    data = _fetch_start(fetching, file, n_bytes)
     if len(data) < n_bytes:
         raise NetworkError(
-            f"{source.request.host} sent {len(data):,} of the first {n_bytes:,} bytes of {file.name}",
+            f"{fetching.source.request.host} sent {len(data):,} of the first {n_bytes:,} bytes of {file.name}",
             "try again",
         )
     return data
 
 
-def _fetch_start(source: Source, file: RemoteFile, n_bytes: int) -> bytes:
-    remote = Remote(source.request, source.token, source.commit, file, DEFAULT_PATIENCE.timeout_s)
+def _fetch_start(fetching: Fetching, file: RemoteFile, n_bytes: int) -> bytes:
     data = bytearray()
     try:
-        with remote.open(0, n_bytes) as body:
-            for piece in body.pieces:
+        with fetching.remote(file).open(0, n_bytes) as body:
+            for piece in body.pieces():
                 data += piece
                 if len(data) >= n_bytes:  # of a server that knows no ranges, which sends all
                     break

@@ -90,7 +90,7 @@ def resolve(model: str) -> Path:
         raise IntegrityError(
             f"the build {model} is a link to {link.readlink()}, where nothing is", f"mistral rm {model}"
         )
-    if directory is None or not has_config(directory):
+    if directory is None or (directory == path and not has_config(directory)):
         raise not_found(model)
     problem = checkpoint_problem(directory)
     if problem is not None:
@@ -246,8 +246,8 @@ def not_found(model: str) -> ModelNotFoundError:
             f"{model} is not a model: it has neither config.json nor params.json",
             "name a directory with a checkpoint, or a model that `mistral list` shows",
         )
-    builds = {path.name for path in models_directory().glob("*") if path.suffix != PARTIAL}
-    known = builds | {*cached_repo_ids(), *aliases()}
+    builds = {path.name for path in models_directory().glob("*") if path.is_dir() and path.suffix != PARTIAL}
+    known = (builds | {*cached_repo_ids(), *aliases()}) - {model}
     near = difflib.get_close_matches(model, sorted(known), n=1)
     hint = f"did you mean {near[0]}? else " if near else ""
     wanted = as_hub_model(model)

@@ -1,8 +1,10 @@
 """One file from the Hub to the disk: several connections, hashed on the way, gone on with wherever it was stopped.
 
-    connections ─▶ part file, in any order          (`PartFile`: which bytes are here)
-                     └─▶ hash, in order, behind what is here without a gap, by a thread that reads it back from the
-                         kernel's memory; what an earlier pull left is read from the disk by the same loop
+    connections ─▶ part file, in any order              (`PartFile`: which bytes are here)
+        └─▶ blocks that have just come (`FreshBlocks`) ─▶ hash, in order, behind what is here without a gap, by a
+            thread of its own; what is not among them, or what an earlier pull left, it reads back from the part file
+
+One connection begins. Where it is not fast others join it, each with a piece of the file at a time.
 
 The file's digest, which the Hub lists for the commit, is its identity. So an ETag that changes under way tells nothing
 that the digest will not: the transfer goes on, and where the content was really another, the file is fetched anew.
@@ -13,12 +15,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from mistralcli.errors import DiskError, IntegrityError, MistralError
+from mistralcli.fresh_blocks import BLOCK_BYTES, Block, FreshBlocks
+from mistralcli.hub_body import Body, BrokenOffError
 from mistralcli.hub_cache import PART_SUFFIX
 from mistralcli.hub_errors import our_errors
-from mistralcli.hub_http import Body, Patience, Remote, TryAgainError
+from mistralcli.hub_http import Patience, Remote, TryAgainError
 from mistralcli.part_file import PartFile
 from mistralcli.units import size_text
 from quant.staging import free_bytes
@@ -29,11 +34,16 @@ OnNote = Callable[[str], None]
 """Called with a line for the user: what is waited for."""
 
 CONNECTIONS = 4
-"""Of one file at a time. More gain nothing on loopback; over a long way one connection is often held at 50 MB/s."""
+"""Of one file at a time: over a long way one is often held at 50 MB/s."""
+_ENOUGH_BYTES_PER_S = 150e6
+"""One connection that brings so much stays alone: the processor limits then, and four take 0.2 to 0.4 s a GB more."""
+_TRIAL_S = 0.25
+"""Not sooner is a connection taken for one that brings less."""
+_RUN_BYTES = 256 << 20
+"""At most so much is asked for at once: others can help only behind that."""
 _FLUSH_INTERVAL_S = 5.0
 """A power cut costs what came since, and what the flush took. A killed process costs none of it."""
 _REPORT_INTERVAL_S = 0.1
-_HASH_BYTES = 1 << 20
 _IGNORED_RANGES = 2
 """So many times a whole file in the place of a range is not taken: it may be one of many servers that does so."""
 _QUIET_WAIT_S = 3.0
@@ -87,7 +97,9 @@ class _Transfer:
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._claimed: set[int] = set()
+        self._fresh = FreshBlocks()
         self._takes_ranges = False
+        self._run_began = time.monotonic(), 0
         self._is_shared = False
         self._ignored_ranges = 0
         self._failures = 0
@@ -103,10 +115,8 @@ class _Transfer:
         if self._part.missing():
             self._start(self._connect)
         try:
-            while self._error is None and not self._digest:
-                with self._changed:
-                    self._changed.wait_for(self._is_over, _REPORT_INTERVAL_S)
-                if self._takes_ranges and not self._is_shared:
+            while not self._over.wait(_REPORT_INTERVAL_S):
+                if self._wants_help():
                     self._is_shared = True
                     for _ in self._part.missing()[1:CONNECTIONS]:
                         self._start(self._connect)
@@ -121,8 +131,15 @@ class _Transfer:
         self._report()
         return self._digest
 
-    def _is_over(self) -> bool:
-        return self._error is not None or bool(self._digest) or (self._takes_ranges and not self._is_shared)
+    def _wants_help(self) -> bool:
+        """Whether there is one connection, and it has shown that it does not bring enough."""
+        is_tried = time.monotonic() - self._run_began[0] > _TRIAL_S
+        return self._takes_ranges and not self._is_shared and is_tried and not self._brings_enough()
+
+    def _brings_enough(self) -> bool:
+        """Whether the present or last answer to a lone connection comes, or came, fast."""
+        began, received = self._run_began
+        return self._part.received_bytes - received >= _ENOUGH_BYTES_PER_S * (time.monotonic() - began)
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
@@ -159,45 +176,63 @@ class _Transfer:
 
     def _connect(self) -> None:
         """Fetch pieces until there is none left that another connection is not at."""
-        while (index := self._claim()) is not None:
+        while pieces := self._claim():
             started = time.monotonic()
             try:
                 self._require_space()
-                start, end = self._part.gap(index)
+                start, end = self._part.gap(pieces[0])[0], self._part.gap(pieces[-1])[1]
                 with our_errors(self._remote.request), self._remote.open(start, end) as body:
                     self._take(body, start)
             except TryAgainError as failure:
                 self._bear(failure, started)
             finally:
                 with self._changed:
-                    self._claimed.discard(index)
+                    self._claimed.difference_update(pieces)
 
-    def _claim(self) -> int | None:
+    def _claim(self) -> list[int]:
+        """A piece; for a lone connection that brings enough, with those behind it that are empty."""
         with self._changed:
-            free = (index for index in self._part.missing() if index not in self._claimed)
-            index = None if self._over.is_set() else next(free, None)
-            if index is not None:
-                self._claimed.add(index)
-            return index
+            free = [index for index in self._part.missing() if index not in self._claimed]
+            is_fast = self._takes_ranges and not self._is_shared and self._brings_enough()
+            most = _RUN_BYTES // self._part.piece_bytes if is_fast else 1
+            pieces = [] if self._over.is_set() else free[:1]
+            for index in free[1:most]:
+                if index != pieces[-1] + 1 or not self._part.is_empty(index):
+                    break
+                pieces.append(index)
+            self._claimed.update(pieces)
+            return pieces
 
     def _take(self, body: Body, start: int) -> None:
         """Write what comes. Of a whole file in the place of a range, what is here already is passed over."""
         if body.start != start:
             self._ignored_ranges += 1
             if self._ignored_ranges <= _IGNORED_RANGES:
-                raise TryAgainError(self._remote.broken_off("it sent the whole file for a part of it"))
+                raise BrokenOffError("it sent the whole file for a part of it")
         elif body.end < self._part.size_bytes or start:
             self._takes_ranges = True
+        self._run_began = time.monotonic(), self._part.received_bytes
         position = body.start
-        for piece in body.pieces:
-            if self._over.is_set():
-                return
-            self._part.write(position, piece)
-            position += len(piece)
+        while position < body.end and not self._over.is_set():
+            position = self._take_block(body, position)
+
+    def _take_block(self, body: Body, start: int) -> int:
+        """Write a block's bytes as they come, and give it to the hash where all were new; returns its end."""
+        buffer, filled, n_new = self._fresh.buffer(), 0, 0
+        limit = min(BLOCK_BYTES, body.end - start)
+        try:
+            while filled < limit and not self._over.is_set():
+                n_bytes = body.read_into(buffer[filled:limit])
+                n_new += self._part.write(start + filled, buffer[filled : filled + n_bytes])
+                filled += n_bytes
+        finally:
+            if filled and n_new == filled:
+                self._fresh.give(start, Block(buffer, filled))
+            else:
+                self._fresh.spare(buffer)
             with self._changed:
                 self._changed.notify_all()
-        if position < body.end:
-            raise TryAgainError(self._remote.broken_off(f"{body.end - position:,} bytes were missing"))
+        return start + filled
 
     def _bear(self, failure: TryAgainError, started: float) -> None:
         """Wait before the next try, or raise when patience is over.
@@ -233,23 +268,33 @@ class _Transfer:
 
     def _hash(self) -> None:
         """Hash the file behind its frontier, from its first byte on."""
-        digest, buffer = self._remote.file.new_hash(), memoryview(bytearray(_HASH_BYTES))
+        digest, own = self._remote.file.new_hash(), memoryview(bytearray(BLOCK_BYTES))
         position = 0
         while position < self._part.size_bytes:
             with self._changed:
-                if (ready := self._part.frontier) == position:
-                    self._changed.wait(_REPORT_INTERVAL_S)
-            while position < ready and not self._over.is_set():
-                n_bytes = self._part.read_into(buffer[: ready - position], position)
-                if not n_bytes:
-                    raise OSError(errno.EIO, "it was cut off by another program", str(self._part.path))
-                digest.update(buffer[:n_bytes])
-                position += n_bytes
+                self._changed.wait_for(partial(self._can_hash, position), _REPORT_INTERVAL_S)
             if self._over.is_set():
                 return
-        with self._changed:
-            self._digest = digest.hexdigest()
-            self._changed.notify_all()
+            block, end = self._fresh.take(position, min(self._part.frontier, position + BLOCK_BYTES))
+            if block is None:
+                block = Block(own, self._read_back(own[: end - position], position))
+            digest.update(block.buffer[: block.n_bytes])
+            position += block.n_bytes
+            if block.buffer is not own:
+                self._fresh.spare(block.buffer)
+        self._digest = digest.hexdigest()
+        self._over.set()
+
+    def _can_hash(self, position: int) -> bool:
+        """Whether the next bytes are in memory, or so many are here that they can be none of a block to come."""
+        at_least = min(position + 2 * BLOCK_BYTES, self._part.size_bytes)
+        return self._over.is_set() or self._fresh.has(position) or self._part.frontier >= at_least
+
+    def _read_back(self, buffer: memoryview, position: int) -> int:
+        n_bytes = self._part.read_into(buffer, position) if buffer else 0
+        if buffer and not n_bytes:
+            raise OSError(errno.EIO, "it was cut off by another program", str(self._part.path))
+        return n_bytes
 
     def _flush_now_and_then(self) -> None:
         while not self._over.wait(_FLUSH_INTERVAL_S):

@@ -104,9 +104,11 @@ Kind = Literal[
     "html",
     "range",
     "short",
+    "silence",
     "stall",
     "status",
     "truncate",
+    "vanish",
     "whole",
 ]
 _ON_HEAD = ("html", "status", "expire")
@@ -118,9 +120,10 @@ class Fault:
     """What goes wrong on a path, the next `times` times, once `skip` requests have passed.
 
     `corrupt` changes the last byte; `truncate` closes the connection after half of the body, `cut` after `after` bytes,
-    where `stall` sends nothing more and `drip` hardly anything; `short` sends half of it as if that were all; `range`
-    sends another range than was asked for, `whole` the whole file; `etag` names another ETag; `html` answers with a
-    page; `status` refuses with that status; `expire` refuses, until the Hub is asked again where the file is.
+    where `stall` sends nothing more and `drip` hardly anything; `silence` is no answer at all; `short` sends half of it
+    as if that were all; `range` sends another range than was asked for, `whole` the whole file; `etag` names another
+    ETag; `html` answers with a page; `status` refuses with that status; `expire` refuses, until the Hub is asked again
+    where the file is, where `vanish` answers nothing.
     """
 
     kind: Kind
@@ -155,6 +158,8 @@ class HubServer:
         self.sent = threading.Condition()
         self.closing = threading.Event()
         self.signature = 0
+        self.is_silent = False
+        """Whether nothing is answered where an address has expired."""
         self._due_s = 0.0
         for repo_id, directory in (repos or {}).items():
             self.add(repo_id, directory)
@@ -265,15 +270,24 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(self.fault.status, headers=self.fault.headers)
         if self.fault is not None and self.fault.kind == "html":
             return self._send(b"<html>Please log in to this network.</html>", {"Content-Type": "text/html"})
-        if self.fault is not None and self.fault.kind == "expire":
+        if self.fault is not None and self.fault.kind == "silence":
+            return self._say_nothing()
+        if self.fault is not None and self.fault.kind in ("expire", "vanish"):
             self.hub.signature += 1
+            self.hub.is_silent = self.fault.kind == "vanish"
         if self.host == "cdn":
             if urlsplit(self.path).query != f"signature={self.hub.signature}":
+                if self.hub.is_silent:
+                    return self._say_nothing()
                 return self._refuse(403, message="Request has expired")
-            return self._send_file(self._in_cdn(path), {"ETag": f'"{path[1:33]}"'})
+            file = self._in_cdn(path)
+            return self._send_file(file, {"ETag": f'"{path[1:33]}"'}) if file else self._refuse(404)
         if token not in (None, f"Bearer {TOKEN}"):
             return self._refuse(401, message="Invalid credentials in Authorization header")
         return self._answer_as_hub(path, has_token=token is not None)
+
+    def _say_nothing(self) -> None:
+        self.close_connection = self.hub.closing.wait()
 
     def _answer_as_hub(self, path: str, has_token: bool) -> None:
         listing = re.fullmatch(r"/api/models/((?:[^/]+/)?[^/]+?)(?:/(?:revision|tree)/(.+))?", path)
@@ -319,9 +333,10 @@ class _Handler(BaseHTTPRequestHandler):
         location = {"Location": f"{self.hub.url_of('cdn')}/{file.digest}?signature={self.hub.signature}"}
         return self._send(b"", headers | linked | location, HTTPStatus.FOUND)
 
-    def _in_cdn(self, path: str) -> File:
+    def _in_cdn(self, path: str) -> File | None:
         commits = (files for repository in self.hub.repos.values() for files in repository.commits.values())
-        return next(file for files in commits for file in files.values() if path == f"/{file.digest}")
+        found = (file for files in commits for file in files.values() if path == f"/{file.digest}")
+        return next(found, None)
 
     def _send_file(self, file: File, headers: Mapping[str, str]) -> None:
         kind = self.fault.kind if self.fault is not None else None

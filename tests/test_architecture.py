@@ -66,8 +66,8 @@ LAYERS = [
     ["mistralcli.hub", "mistralcli.store"],
     ["mistralcli.settings", "mistralcli.stamps"],
     ["mistralcli.transfer"],
-    ["mistralcli.hub_http", "mistralcli.part_file"],
-    ["mistralcli.hub_cache", "mistralcli.hub_errors", "mistralcli.hub_files"],
+    ["mistralcli.hub_http", "mistralcli.part_file", "mistralcli.fresh_blocks"],
+    ["mistralcli.hub_body", "mistralcli.hub_cache", "mistralcli.hub_errors", "mistralcli.hub_files"],
     [
         "mistralcli.config",
         "mistralcli.quantization_config",

@@ -1,8 +1,10 @@
 """`mistral pull` against a real server on loopback, through the real huggingface_hub."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,6 +212,114 @@ def test_an_index_that_names_a_shard_the_hub_does_not_list_is_incomplete(
     with pytest.raises(IntegrityError, match=r"model-extra\.safetensors"):
         hub.pull(MODEL)
     assert hub_cache.refs(MODEL) == {}
+
+
+def test_a_branch_that_moves_under_way_changes_nothing_of_the_pull(
+    server: HubServer, here: Path, tmp_path: Path
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    commit = server.add(MODEL, source)
+    newer = write_checkpoint(tmp_path / "newer", seed=1)
+    directory = hub.pull(MODEL, on_progress=lambda *_: server.add(MODEL, newer))
+    assert directory.name == commit != server.repos[MODEL].refs["main"]
+    assert (directory / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert hub_cache.refs(MODEL) == {"main": commit}
+
+
+def test_a_history_that_is_rewritten_under_way_makes_the_pull_start_over(
+    server: HubServer, here: Path, tmp_path: Path
+) -> None:
+    server.add(MODEL, write_checkpoint(tmp_path / "source"))
+    newer = write_checkpoint(tmp_path / "newer", seed=1)
+    notes: list[str] = []
+
+    def rewrite(*_: int) -> None:
+        del server.repos[MODEL]
+        server.add(MODEL, newer)
+
+    directory = hub.pull(MODEL, on_progress=rewrite, on_note=notes.append)
+    assert directory.name == server.repos[MODEL].refs["main"]
+    assert (directory / "model.safetensors").read_bytes() == (newer / "model.safetensors").read_bytes()
+    assert len(notes) == 1 and f"starting over with {directory.name[:12]}" in notes[0]
+
+
+def test_a_history_that_is_gone_under_way_is_said_to_be(
+    server: HubServer, here: Path, tmp_path: Path
+) -> None:
+    commit = server.add(MODEL, write_checkpoint(tmp_path / "source"))
+    listed = dict(server.repos[MODEL].commits)
+
+    def close(*_: int) -> None:
+        server.faults["/resolve/"] = Fault("status", 404, {"X-Error-Code": "RevisionNotFound"})
+
+    with pytest.raises(IntegrityError, match="the commit that it was at is gone"):
+        hub.pull(MODEL, on_progress=close)
+    assert server.repos[MODEL].commits == listed and hub_cache.refs(MODEL) == {}
+    server.faults.clear()
+    assert hub.pull(MODEL).name == commit
+
+
+def test_what_a_snapshot_links_to_outside_the_cache_is_left_alone(
+    server: HubServer, here: Path, tmp_path: Path
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    server.add(MODEL, source)
+    snapshot = hub.pull(MODEL)
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"of the user")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(mine)
+    assert hub.pull(MODEL) == snapshot
+    assert mine.read_bytes() == b"of the user"
+    assert (snapshot / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_space_is_asked_for_where_a_file_is_to_be_copied_and_not_where_it_is(
+    server: HubServer, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size_bytes = (write_checkpoint(tmp_path / "source") / "model.safetensors").stat().st_size
+    server.add(MODEL, tmp_path / "source")
+    with_links = hub.pull(MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr(hub, "free_bytes", lambda _: size_bytes - 1)
+    assert hub.pull(MODEL) == with_links  # all is there
+    (with_links / "model.safetensors").unlink()
+    with pytest.raises(DiskError, match="needs"):
+        hub.pull(MODEL)
+    monkeypatch.setattr(hub, "free_bytes", lambda _: size_bytes)
+    assert not (hub.pull(MODEL) / "model.safetensors").is_symlink()
+
+
+def test_a_pull_that_finds_all_writes_nothing(server: HubServer, here: Path, tmp_path: Path) -> None:
+    """So that it works from a disk that is read-only, where no lock is needed for what is whole."""
+    server.add(MODEL, write_checkpoint(tmp_path / "source"))
+    snapshot = hub.pull(MODEL)
+
+    def written() -> dict[Path, int]:
+        return {path: path.lstat().st_mtime_ns for path in [here, *here.rglob("*")]}
+
+    before = written()
+    assert hub.pull(MODEL) == snapshot
+    assert written() == before
+
+
+def test_half_a_copy_never_has_the_files_name(
+    server: HubServer, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(MODEL, write_checkpoint(tmp_path / "source"))
+    snapshot = hub.pull(MODEL)
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+
+    def fill_disk(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:1000])
+        if target.is_relative_to(here):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", fill_disk)
+    with pytest.raises(DiskError, match="full"):
+        hub.pull(MODEL)
+    assert not (snapshot / "model.safetensors").exists()
 
 
 def test_a_model_of_another_kind_is_refused_by_name_before_its_weights_are_fetched(

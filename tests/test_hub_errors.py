@@ -1,5 +1,7 @@
 """The sentences of a pull that fails, as a user meets them: one for each cause, with its exit code."""
 
+import errno
+import os
 import resource
 import shutil
 import socket
@@ -14,6 +16,10 @@ import pytest
 from hub_models import online, write_checkpoint
 from hub_server import TOKEN, Access, Fault, HubServer
 from program import MISTRAL, assert_one_sentence, environment, mistral
+
+from mistralcli.errors import DiskError
+from mistralcli.hub_cache import HubModel, cache_directory
+from mistralcli.hub_errors import HubRequest, translated
 
 MODEL = "mistralai/tiny"
 
@@ -163,7 +169,7 @@ def test_a_hub_that_cannot_be_reached(
 def test_a_hub_that_accepts_and_says_nothing_times_out(pull: Pull) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        done = pull(MODEL, "--retries", "0", HF_ENDPOINT=address, HF_HUB_ETAG_TIMEOUT="1")
+        done = pull(MODEL, "--retries", "0", "--timeout", "1", HF_ENDPOINT=address)
     check_failure(done, 5, "did not answer in time")
 
 
@@ -240,7 +246,9 @@ def test_a_home_under_a_file_is_a_disk_error_and_not_the_tokens(pull: Pull, plac
     )
 
 
-def test_a_disk_that_fills_up_keeps_the_files_that_are_complete(server: HubServer, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_such_file_keeps_the_files_that_are_complete(
+    server: HubServer, tmp_path: Path
+) -> None:
     server.add(MODEL, write_checkpoint(tmp_path / "source"))
 
     def limit_file_size() -> None:
@@ -253,9 +261,45 @@ def test_a_disk_that_fills_up_keeps_the_files_that_are_complete(server: HubServe
         capture_output=True,
         text=True,
     )
-    check_failure(done, 6, "the disk is full", "pull again")
+    check_failure(done, 6, "the disk takes no file of this size", "ulimit -f")
     kept = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
     assert kept == {"config.json", "LICENSE", "tokenizer.model", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--dry-run", f"a plan for {MODEL} needs the Hub"),
+        ("--quantize=4", f"the weights of {MODEL} come from"),
+    ],
+)
+def test_offline_what_needs_the_hub_says_so_also_where_the_model_is_here(
+    flag: str, said: str, pull: Pull, server: HubServer, tmp_path: Path
+) -> None:
+    server.add(MODEL, write_checkpoint(tmp_path / "source"))
+    assert pull(MODEL).returncode == 0
+    server.requests.clear()
+    check_failure(pull(MODEL, "--offline", flag), 5, said, "leave out --offline")
+    assert not server.requests
+
+
+def test_a_cache_that_is_removed_under_way_is_said_to_be(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    request = HubRequest(HubModel(MODEL), server.url, None)
+    gone = str(cache_directory() / "blobs")
+    found = translated(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), gone), request)
+    assert isinstance(found, DiskError) and found.message == f"{gone} was removed meanwhile"
+    elsewhere = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path / "authority.pem"))
+    assert translated(elsewhere, request) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_full_quota_are_said_to_be_that(number: int) -> None:
+    request = HubRequest(HubModel(MODEL), "https://hub.test", None)
+    found = translated(OSError(number, os.strerror(number)), request)
+    assert isinstance(found, DiskError) and found.message == "the disk is full; what came so far was kept"
 
 
 def test_a_damaged_file_exits_9_with_its_name(pull: Pull, server: HubServer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from mistralcli.cli.pull_report import as_dict, as_text
 from mistralcli.config import hugging_face_config, read_config
 from mistralcli.device import free_memory_bytes
 from mistralcli.errors import IntegrityError, ModelNotFoundError, NetworkError, UsageError
-from mistralcli.hub import look_up
+from mistralcli.hub import Fetching, look_up
 from mistralcli.hub_cache import PART_SUFFIX, blob_path, cache_directory, parse_hub_model, repo_directory
 from mistralcli.hub_files import RemoteFile
+from mistralcli.hub_http import Patience
 from mistralcli.plan import MemoryPlan, fitting_plan
 from mistralcli.pull_plan import AS_IT_IS, BUILDS, left_out_because, plan_pull
 from mistralcli.remote_tensors import parse_header, read_header
@@ -299,10 +301,22 @@ def test_a_header_longer_than_the_first_request_is_read_whole(home: Path, hub: H
     hub.add(MODEL, source)
     listed, listing = look_up(parse_hub_model(MODEL))
     file = next(file for file in listing if file.name == "model.safetensors")
-    found = read_header(listed, file)
+    found = read_header(Fetching(listed, Patience(), print), file)
     assert {name: (spec.shape, spec.dtype) for name, spec in found.items()} == {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
     }
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/config.json"])
+def test_a_server_that_stalls_is_borne_with_as_long_as_was_said(
+    home: Path, hub: HubServer, part: str
+) -> None:
+    hub.add(MODEL, checkpoint(home / "source"))
+    hub.faults[part] = Fault("silence")
+    started = time.monotonic()
+    with pytest.raises(NetworkError, match="did not answer in time"):
+        plan_pull(MODEL, patience=Patience(timeout_s=0.2, retries=1, first_wait_s=0.01))
+    assert time.monotonic() - started < 5  # by default it is 30 s, twice
 
 
 def test_of_a_server_that_knows_no_ranges_no_more_is_read(home: Path, hub: HubServer) -> None:

@@ -1,5 +1,6 @@
 """`mistral pull --quantize`: the build that `mistral quantize` makes, byte for byte, without the model on the disk."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,11 +13,12 @@ from hub_models import online
 from hub_server import Fault, HubServer
 from huggingface_hub import constants
 from models import random_checkpoint
-from program import mistral
+from program import assert_one_sentence, mistral
 from safetensors.torch import load_file, save_file
 
 from mistralcli import pull_quantized as pulling
-from mistralcli.errors import DiskError, IntegrityError, NetworkError
+from mistralcli import transfer
+from mistralcli.errors import DiskError, IntegrityError, NetworkError, UsageError
 from mistralcli.hub_http import Patience
 from mistralcli.quantizing import open_job, recipe_of
 from quant.build_plan import Recipe
@@ -161,12 +163,58 @@ def test_a_disk_without_room_for_the_build_is_said_before_any_weight_comes(
         pull(place)
 
 
+def test_a_disk_that_fills_up_under_way_names_the_flag_that_moves_the_build(
+    server: HubServer, place: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = server.file(MODEL, f"model-{N_SHARDS:05}-of-{N_SHARDS:05}.safetensors")
+
+    def free_bytes(directory: Path) -> int:
+        return 0 if any(directory.glob(f"model-{N_SHARDS:05}*")) else 10**12  # the last one's part file
+
+    with monkeypatch.context() as full:
+        full.setattr(transfer, "free_bytes", free_bytes)
+        with pytest.raises(DiskError, match="filling up") as caught:
+            pull(place)
+    hint = caught.value.hint or ""
+    assert "-o" in hint and "HF_HOME" not in hint and "the same command goes on with it" in hint
+    before = server.sent_bytes
+    assert contents(pull(place)) == expected
+    assert server.sent_bytes - before <= last.size_bytes + N_SHARDS * (64 << 10)
+
+
+def test_two_at_once_do_not_fetch_into_one_place(
+    server: HubServer, place: Path, expected: dict[str, bytes]
+) -> None:
+    spool = place / "build.spool.partial"
+    spool.mkdir()
+    other = os.open(spool, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match=r"another process is making .*build"):
+        pull(place)
+    assert not list(spool.iterdir())
+    os.close(other)
+    assert contents(pull(place)) == expected
+
+
+def test_a_place_that_cannot_be_written_names_the_flag_that_moves_the_build(
+    server: HubServer, place: Path
+) -> None:
+    (place / "file").touch()
+    with pytest.raises(DiskError, match="file") as caught:
+        pull(place / "file")
+    assert "-o" in (caught.value.hint or "") and "HF_HOME" not in (caught.value.hint or "")
+
+
 def test_the_command_prints_the_builds_name_and_refuses_to_replace_one(
     server: HubServer, tmp_path: Path
 ) -> None:
     variables = online(tmp_path, server)
     done = mistral("pull", MODEL, "--quantize", "8", home=tmp_path, **variables)
     assert (done.returncode, done.stdout) == (0, "tiny-model-int8\n"), done.stderr
+    assert "not checked (the source is not kept)" in done.stderr
+    assert mistral("verify", "tiny-model-int8", home=tmp_path).returncode == 0
+    refused = mistral("pull", MODEL, "--quantize", "3", home=tmp_path, **variables)
+    assert_one_sentence(refused, 2, "--quantize 3 is no number of bits", "choose 4 or 8")
     again = mistral("pull", MODEL, "--quantize", "8", home=tmp_path, **variables)
     assert again.returncode == 2 and "exists already" in again.stderr
 

@@ -1,5 +1,6 @@
 """Models on this machine: what a name means, what is listed, and what is removed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -160,6 +161,14 @@ def test_a_missing_model_says_how_to_get_it(name: str, hint: str) -> None:
     assert hint in (caught.value.hint or "")
 
 
+def test_a_file_among_the_builds_is_no_model_and_never_the_nearest() -> None:
+    store.models_directory().mkdir(parents=True)
+    (store.models_directory() / "notes").touch()
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.resolve("notes")
+    assert "did you mean" not in (caught.value.hint or "")
+
+
 def test_a_missing_model_names_the_nearest_that_is_here() -> None:
     add_build("mistral-7b-int4")
     with pytest.raises(ModelNotFoundError) as caught:
@@ -306,6 +315,10 @@ def test_what_is_broken_is_listed_as_such() -> None:
     (store.models_directory() / "gone").symlink_to("/nowhere/at/all")
     add_build("begun.partial")
     (store.models_directory() / "begun.partial" / "journal.jsonl").touch()
+    os.truncate(add_build("cut") / "model.safetensors", 100_000)
+    (add_build("text") / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (add_build("nothing") / "config.json").unlink()
+    (add_build("blotted", card={}) / "quantization_card.json").write_text("not JSON")
     broken = {model.name: model.broken for model in inventory.list_models()}
     expected = {
         "half.partial": ("half-made", "mistral rm half.partial"),
@@ -315,6 +328,10 @@ def test_what_is_broken_is_listed_as_such() -> None:
         "unread": ("cannot be read as JSON", "mistral quantize"),
         "unrun": ("'mixtral' are not supported", "mistral rm unrun"),
         "gone": ("a link to /nowhere/at/all", "mistral rm gone"),
+        "cut": ("model.safetensors has 100,000 bytes instead of 200,", "mistral rm cut"),
+        "text": ("model.safetensors is no safetensors file", "mistral rm text"),
+        "nothing": ("neither config.json nor params.json", "mistral rm nothing"),
+        "blotted": ("its quantization_card.json cannot be read", "mistral rm blotted"),
         MODEL: ("1 of 2 weight files are missing", f"mistral pull {MODEL}"),
     }
     assert broken.keys() == expected.keys()
@@ -328,7 +345,8 @@ def test_what_is_broken_is_never_run(home: Path) -> None:
     add_build("poor", card={"gate": {"passed": False}})
     (add_build("empty") / "model.safetensors").unlink()
     (store.models_directory() / "gone").symlink_to("/nowhere/at/all")
-    for name in ("half.partial", "empty", "gone"):
+    (add_build("nothing") / "config.json").unlink()
+    for name in ("half.partial", "empty", "gone", "nothing"):
         with pytest.raises(IntegrityError):
             store.resolve_to_run(name)
     with pytest.raises(QualityError):
@@ -513,6 +531,60 @@ def test_rm_says_what_becomes_free_not_what_another_revision_shares(home: Path) 
     linked.symlink_to(old)
     assert disk_usage.freed_bytes(inventory.find("linked")) == 0
     assert disk_usage.freed_bytes(inventory.find(MODEL)) == all_files + weights
+
+
+def test_what_is_there_of_an_unfinished_file_goes_with_the_last_revision_and_holes_do_not_count() -> None:
+    old, new = add_pulled(commit=OLD, ref="v1.0", seed=1), add_pulled(commit=NEW, seed=2)
+    part = hub_cache.repo_directory(MODEL) / "blobs" / f"{'0' * 64}{hub_cache.PART_SUFFIX}"
+    with part.open("wb") as file:
+        file.write(b"x" * 8192)
+        file.truncate(10**9)
+    weights = (old / "model.safetensors").stat().st_size
+    others = sum(path.stat().st_size for path in new.iterdir())
+    assert disk_usage.freed_bytes(inventory.find(f"{MODEL}@v1.0")) == weights
+    assert disk_usage.freed_bytes(inventory.find(MODEL)) == weights + others + 8192
+    (leftovers,) = (usage for usage in disk_usage.disk_usage() if usage.kind == "leftovers")
+    assert leftovers.size_bytes == 8192
+
+
+def test_a_link_in_the_store_takes_no_room(home: Path) -> None:
+    store.models_directory().mkdir(parents=True)
+    (store.models_directory() / "linked").symlink_to(write_checkpoint(home / "elsewhere"))
+    (usage,) = (usage for usage in disk_usage.disk_usage() if usage.kind == "build")
+    assert usage.size_bytes == 0
+
+
+def test_what_another_process_fetches_is_not_removed(home: Path) -> None:
+    snapshot, other = add_pulled(), add_pulled("o/other")
+    stamps.leave("pulled", snapshot)
+    stamps.leave("pulled", other)
+    lock = hub_cache.lock_path(MODEL, "0" * 64)
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        one = mistral("rm", MODEL, "--yes", home=home)
+        assert_one_sentence(one, 2, f"{MODEL} is being pulled by another process")
+        every = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package_copy(home)))
+        assert every.returncode == 2 and "by another process" in every.stderr
+        assert snapshot.is_dir() and other.is_dir()
+    assert mistral("rm", MODEL, "--yes", home=home).returncode == 0
+    assert other.is_dir() and not snapshot.exists()
+
+
+@pytest.mark.parametrize("locked", ["tiny.partial", "tiny.spool.partial"])
+def test_no_part_of_a_build_that_is_being_made_is_removed(locked: str, home: Path) -> None:
+    for name in ("tiny.partial", "tiny.spool.partial", "tiny"):
+        add_build(name)
+    descriptor = os.open(store.models_directory() / locked, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for name in ("tiny.partial", "tiny.spool.partial"):
+        (model,) = inventory.find(name)
+        with pytest.raises(UsageError, match="is being made by another process"):
+            inventory.remove(model)
+    os.close(descriptor)
+    for name in ("tiny", "tiny.partial", "tiny.spool.partial"):
+        inventory.remove(inventory.find(name)[0])
+    assert inventory.list_models() == []
 
 
 def test_rm_all_removes_what_is_ours_and_nothing_else_s(home: Path) -> None:

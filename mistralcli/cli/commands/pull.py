@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -77,6 +78,8 @@ def pull(
     hub_endpoint()  # with some bad addresses huggingface_hub cannot even be imported
     if output is not None and quantize is None:
         raise UsageError("-o goes with --quantize", "without it, the model goes into the Hub's cache")
+    if quantize not in (None, 4, 8):
+        raise UsageError(f"--quantize {quantize} is no number of bits that a build can have", "choose 4 or 8")
     if quantize is not None and dry_run:
         raise UsageError("--dry-run does not go with --quantize", "it says the sizes of builds without it")
     if quantize is not None:
@@ -118,7 +121,8 @@ def _pull_quantized(model: str, token: str | None, waits: _Waits, bits: int, out
             on_progress=update,
             on_note=console.note,
         )
-    console.note(summary(report))
+    unchecked = {**report.quality, "left_out": "the source is not kept"}
+    console.note(summary(replace(report, quality=unchecked)))
     console.write_out(f"{name}\n")
 
 

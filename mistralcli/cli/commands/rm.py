@@ -47,6 +47,8 @@ def _remove_one(model: str, yes: bool) -> None:
     from mistralcli.disk_usage import freed_bytes
 
     found = inventory.find(model)
+    for one in found:
+        inventory.require_idle(one)
     size = size_text(freed_bytes(found))
     what = f"{model} ({f'{len(found)} revisions, ' if len(found) > 1 else ''}{size}){_also(model, found)}"
     _confirm(f"remove {what}?", yes)
@@ -67,6 +69,7 @@ def _remove_all(yes: bool) -> None:
         console.note("there is nothing to remove")
         return
     for model in models:
+        inventory.require_idle(model)
         name = model.name if model.kind == "build" else f"{model.name}@{(model.revision or '')[:12]}"
         console.note(f"  {name}  {size_text(model.size_bytes)}")
     for usage in others:

@@ -110,6 +110,9 @@ class Terminal:
         return self._tmux("capture-pane", "-e", "-p").rstrip("\n")
 
     def close(self) -> None:
+        """End it, and before it a chat, which would still write into `HOME` when its terminal is gone."""
+        if re.search(CHAT_IS_READY, self._tmux("capture-pane", "-p").rstrip()):
+            self.type("/exit", SHELL_IS_READY)
         self._tmux("kill-server")
 
     def _wait_for(self, end: str) -> None:

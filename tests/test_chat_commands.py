@@ -7,7 +7,7 @@ import pytest
 from scripted_chat import after, chat_with, said, talk
 
 from mistralcli.cli.chat import clipboard
-from mistralcli.cli.chat.attachments import MAX_FILE_BYTES, as_block
+from mistralcli.cli.chat.attachments import MAX_FILE_BYTES, as_block, read_attachment
 from mistralcli.cli.chat.clipboard import copy_text, osc52
 from mistralcli.cli.chat.state import Attachment, ChatState
 from mistralcli.errors import MistralError
@@ -29,6 +29,16 @@ def test_a_file_stays_with_a_message_that_was_not_answered(tmp_path):
     state = after(chat, f"/file {tmp_path / 'a.txt'}", "What is this?")
     assert (state.draft, len(state.attached)) == ("What is this?", 1)
     assert "one" in said(after(chat, "What?", state=state))[0][1]
+
+
+def test_files_are_taken_back(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    assert after(chat_with(), f"/file {tmp_path / 'a.txt'}", "/file none") == ChatState()
+
+
+def test_a_name_is_one_line_in_the_message(tmp_path):
+    (tmp_path / "a\n```b").write_text("one")
+    assert read_attachment(tmp_path / "a\n```b") == Attachment("a ```b", "one")
 
 
 def test_a_fence_in_a_file_does_not_end_its_block():

@@ -11,10 +11,10 @@ from scripted_chat import after, chat_with, said
 
 from mistralcli.cli.chat.file import load_chat, save_chat
 from mistralcli.cli.chat.settings import settings_of
-from mistralcli.cli.chat.state import ChatState
+from mistralcli.cli.chat.state import Attachment, ChatState
 from mistralcli.conversation import Message
 from mistralcli.errors import DiskError, IntegrityError, MistralError, UsageError
-from mistralcli.sampling import SamplingParams
+from mistralcli.run_options import SamplingParams
 
 
 def saved_chat():
@@ -23,7 +23,8 @@ def saved_chat():
     )
     state = state.with_message("Hé [/INST]\x1b").with_answer("o", unfinished=True)
     state = replace(state, tree=state.tree.back()).with_answer("ok\n", unfinished=False)
-    return replace(state.with_message("and?").with_answer("no", unfinished=False), dropped=frozenset({0}))
+    state = state.with_message("and?").with_answer("no", unfinished=False)
+    return replace(state, dropped=frozenset({0}), attached=(Attachment("a.txt", "text"),))
 
 
 def chat_of(*texts, **options):
@@ -151,6 +152,9 @@ def test_the_files_that_the_hostile_ones_are_made_from_load(tmp_path, saved):
                 {"at": "1"},
                 {"dropped": None},
                 {"dropped": [3]},
+                {"attached": None},
+                {"attached": ["a.txt"]},
+                {"attached": [{"name": "a.txt"}]},
                 {"settings": GOOD["settings"] | {"stop": "x"}},
                 {"settings": GOOD["settings"] | {"stop": [""]}},
                 {"settings": GOOD["settings"] | {"stop": ["\ud800"]}},

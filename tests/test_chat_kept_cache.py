@@ -7,12 +7,13 @@ import pytest
 from scripted_chat import ScriptedTerminal, talk
 
 from mistralcli import store as models
-from mistralcli.cli.chat import kept_cache
+from mistralcli.cli.chat import kept_cache, repl
 from mistralcli.cli.chat.kept_cache import make_room
 from mistralcli.cli.chat.sessions import SessionStore, cache_path
 from mistralcli.cli.chat.settings import with_setting
 from mistralcli.cli.chat.state import Chat, ChatState
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 STORY = "Tell me a story about a fox."
 
@@ -142,6 +143,15 @@ def test_a_cache_above_the_limit_is_not_kept(fresh, tmp_path, monkeypatch):
     chat = chat_of(fresh(), tmp_path)
     talk(chat, "/set max_tokens 40", STORY, state=greedy())
     assert not cache_path(chat.store.path).exists()
+
+
+def test_a_chat_that_is_told_to_end_keeps_a_cache_that_is_quickly_written(fresh, tmp_path, monkeypatch):
+    for most_bytes, is_kept in ((kept_cache.QUICK_BYTES, True), (1000, False)):
+        monkeypatch.setattr(repl, "QUICK_BYTES", most_bytes)
+        chat = chat_of(fresh(), tmp_path / str(most_bytes))
+        with pytest.raises(SystemExit):
+            talk(chat, "/set max_tokens 40", STORY, SystemExit(143), state=greedy())
+        assert cache_path(chat.store.path).exists() is is_kept
 
 
 def test_a_continuation_by_the_built_in_model_makes_one_text(fresh, tmp_path):

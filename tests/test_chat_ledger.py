@@ -7,7 +7,8 @@ from mistralcli import store as models
 from mistralcli.cli.chat.ledger import Ledger, Toolbar, ledger_of, prompt_ids, without_oldest
 from mistralcli.cli.chat.state import ChatState
 from mistralcli.conversation import Message
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 
 def test_the_toolbar_counts_what_the_model_is_sent():

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pexpect
@@ -19,7 +20,7 @@ from mistralcli.run_options import SessionOptions
 
 @pytest.fixture(autouse=True)
 def homes(tmp_path, monkeypatch) -> Path:
-    """A user's directories, with a build whose last bytes are missing."""
+    """A user's directories, with a build whose last bytes are missing, and one whose tokenizer is damaged."""
     for name in ("DATA", "STATE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
     monkeypatch.delenv("MISTRAL_CLI_MODEL", raising=False)
@@ -27,6 +28,8 @@ def homes(tmp_path, monkeypatch) -> Path:
     shutil.copytree(demo_directory(), broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    mute = shutil.copytree(demo_directory(), broken.with_name("mute"))
+    next(mute.glob("tokenizer.model*")).write_bytes(b"no tokenizer")
     return tmp_path
 
 
@@ -153,6 +156,42 @@ def test_a_model_that_is_given_up_while_it_loads_is_not_in_the_way(homes) -> Non
         model.session()
     model.switch("demo")
     assert model.session().name == "demo"
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_model_that_cannot_be_loaded_leaves_the_present_one_or_has_it_loaded_again(
+    has_room, monkeypatch
+) -> None:
+    model = demo(ctx=300)
+    before = model.session()
+    if not has_room:
+        monkeypatch.setattr("mistralcli.device.room_bytes", lambda device, limit_bytes: 1_000_000)
+    model.switch("mute")
+    with pytest.raises(IntegrityError, match=r"^mute could not be loaded: ") as error:
+        model.session()
+    assert error.value.hint.endswith("the chat goes on with demo")
+    after = model.session()
+    assert (after is before) is has_room
+    assert (after.name, after.max_seq_len, model.name, model.failure()) == ("demo", 300, "demo", None)
+
+
+def test_under_a_memory_limit_two_models_are_never_there_at_once() -> None:
+    model = demo(memory_limit=2**30)
+    before = model.session()
+    model.switch("mute")
+    with pytest.raises(IntegrityError):
+        model.session()
+    assert model.session() is not before
+
+
+def test_the_toolbar_says_why_a_model_could_not_take_the_place_of_another() -> None:
+    model = demo()
+    model.session()
+    model.switch("broken")
+    while model.is_loading():
+        time.sleep(0.01)
+    assert isinstance(model.failure(), IntegrityError) and not model.ready()
+    assert model.describe().startswith("demo (int4-g128) on cpu")
 
 
 def test_a_path_names_the_model_from_anywhere(tiny_model_dir, monkeypatch) -> None:

@@ -345,10 +345,19 @@ def test_a_command_with_too_much_or_too_little_is_not_run(typed):
     assert chat.terminal.notes[0].startswith(f"error: {typed.split()[0]} ")
 
 
-def test_help_lists_every_command():
+def test_help_lists_every_command_and_fits_a_terminal():
     chat = chat_with()
     after(chat, "/help")
     assert all(any(note.startswith(f"/{name}") for note in chat.terminal.notes) for name in COMMANDS)
+    assert all(len(line) <= 80 for note in chat.terminal.notes for line in note.splitlines())
+
+
+def test_an_unknown_setting_is_told_the_nearest():
+    chat = chat_with()
+    after(chat, "/set temp 1")
+    assert (
+        chat.terminal.notes[0].splitlines()[1].startswith("hint: did you mean temperature? the settings are ")
+    )
 
 
 def test_stats_show_tokens_speed_context_and_cache():

@@ -3,12 +3,14 @@
 import json
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_chat import after, chat_with, continued, said, talk
 
+from mistralcli.cli.chat.file import load_chat
 from mistralcli.cli.chat.sessions import SessionStore
 from mistralcli.cli.chat.settings import settings_of
 from mistralcli.cli.chat.state import ChatState
@@ -28,6 +30,19 @@ def test_a_session_comes_back_as_it_was():
     assert [node.message.content for node in state.tree.nodes] == ["one", "a", "b", "two", "c"]
     assert settings_of(state) == settings_of(ChatState()) | {"top_k": 5, "stop": ["x", "y"]}
     assert (resumed.model, resumed.notes) == ("scripted", ())
+
+
+def test_a_file_that_was_not_sent_yet_is_still_there_after_the_end(tmp_path):
+    (tmp_path / "a b.txt").write_text("one")
+    chat = chat_with()
+    talk(chat, f"/file {tmp_path / 'a b.txt'}")
+    other, resumed = continued(chat, ["Fine"])
+    talk(other, "What is this?", state=resumed.state)
+    assert other.terminal.notes[0] == "a b.txt goes with the next message"
+    assert other.terminal.toolbars[0].endswith(" · a b.txt goes with the next message")
+    _, resumed = continued(other)
+    assert said(resumed.state)[0] == ("user", "a b.txt:\n```\none\n```\n\nWhat is this?")
+    assert not resumed.state.attached
 
 
 def test_a_chat_in_which_nothing_was_said_leaves_nothing_behind():
@@ -202,6 +217,22 @@ def test_a_full_disk_is_said_and_the_next_step_saves_it_all(monkeypatch):
     monkeypatch.undo()
     talk(chat, "three", state=state)
     assert [text for _, text in said(continued(chat)[1].state)] == ["one", "a", "two", "b", "three", "c"]
+
+
+@pytest.mark.parametrize("leaving", ["/exit", KeyboardInterrupt(), SystemExit(143)])
+def test_a_chat_that_cannot_be_saved_in_its_place_is_saved_elsewhere_when_it_ends(
+    tmp_path, monkeypatch, leaving
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "taken").write_text("a file where the directory is to be")
+    chat = chat_with(["a"], ["b"], directory=tmp_path / "taken" / "sessions")
+    with suppress(KeyboardInterrupt, SystemExit):
+        talk(chat, "one", "two", leaving)
+    failed, saved = chat.terminal.notes
+    assert "Not a directory\nhint: see who may write there, " in failed
+    path = next((tmp_path / "state" / "mistral").glob("rescued-*.json"))
+    assert saved == f"the conversation is saved: /load {path} goes on with it"
+    assert [text for _, text in said(load_chat(path)[1])] == ["one", "a", "two", "b"]
 
 
 def test_sessions_are_listed_newest_first_and_load_takes_their_numbers(tmp_path):

@@ -73,8 +73,7 @@ def chat(tmp_path) -> Iterator[Callable[..., Screen]]:
         unset = ["-u", "NO_COLOR", "-u", "MISTRAL_CLI_MODEL"]
         pairs = [f"{name}={value}" for name, value in ours.items()]
         chat = ["env", *unset, *pairs, sys.executable, "-m", "mistralcli", "chat", *options]
-        # As below a command line: what is erased from the first row on, tmux would keep as scrolled away.
-        shell = 'echo "$ mistral chat"; stty -a > "$0"; "$@"; echo "code $?"; stty -a > "$0.after"; exec cat'
+        shell = 'stty -a > "$0"; "$@"; echo "code $?"; stty -a > "$0.after"; exec cat'
         columns, rows = map(str, size)
         where = ["-d", "-x", columns, "-y", rows, "-c", str(tmp_path)]
         screen.tmux("new-session", *where, "sh", "-c", shell, str(tmp_path / "modes"), *chat)
@@ -95,7 +94,7 @@ def test_what_is_typed_while_the_model_loads_is_answered_and_toolbar_and_menu_go
     shown = screen.wait(USED)
     assert re.search(r"^demo \(int4-g128\) on cpu, context 2048, weights .*MB\)$", shown, re.MULTILINE)
     assert "fox" in shown.split(STORY)[1]
-    assert "loading" not in shown
+    assert "loading" not in shown and shown.count(STORY) == 1
     screen.type("/s")
     screen.keys("Tab")
     screen.wait("/sessions")

@@ -1,4 +1,4 @@
-"""Completion in a real bash, under both names; of zsh's and fish's, which are not everywhere, the program's part."""
+"""Completion in bash, zsh and fish, those of them that are here, under both names of the program."""
 
 import json
 import shutil
@@ -10,9 +10,6 @@ import pexpect
 import pytest
 from program import environment
 from test_architecture import HEAVY
-
-bash = shutil.which("bash")
-needs_bash = pytest.mark.skipif(bash is None, reason="no bash here")
 
 ENTRY = "#!{python}\nimport sys\nfrom mistralcli.__main__ import main\nsys.exit(main())\n"
 
@@ -90,6 +87,14 @@ def test_zsh_and_fish_get_what_they_take(env: dict[str, str]) -> None:
     assert completed(env, "run", "-m", "sm", shell="fish", name="mistral-cli") == ["small"]
 
 
+def test_no_name_is_offered_that_a_shell_would_evaluate(env: dict[str, str], tmp_path: Path) -> None:
+    names = ["ti\\\\$(touch pwned)", "ti; touch pwned", "ti `touch pwned`", "-ti"]
+    aliases = "".join(f'"{name}" = "tiny-int4"\n' for name in names)
+    (tmp_path / ".mistral.toml").write_text(f"[aliases]\n{aliases}")
+    assert completed(env, "run", "-m", "ti") == ["tiny-int4", "tiny-int8"]
+    assert completed(env, "run", "-m", "") == ["tiny-int4", "tiny-int8", "owner/real", "small", "demo"]
+
+
 def test_completion_imports_nothing_heavy(env: dict[str, str]) -> None:
     code = """if True:
         import sys, atexit
@@ -103,27 +108,32 @@ def test_completion_imports_nothing_heavy(env: dict[str, str]) -> None:
     assert not set(done.stderr.split()) & set(HEAVY)
 
 
-@needs_bash
 @pytest.mark.parametrize("name", ["mistral", "mistral-cli"])
-def test_an_installed_completion_works_at_a_bash_prompt(
-    name: str, env: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("kind", ["bash", "zsh", "fish"])
+def test_an_installed_completion_works_at_a_prompt(
+    kind: str, name: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    assert bash is not None
+    program = shutil.which(kind)
+    if program is None:
+        pytest.skip(f"{kind} is not installed")
     install = (
         f"{name} --install-completion; true"  # and not the shell's last command, in whose place it would run
     )
-    subprocess.run([bash, "-c", install], env=env, check=True, capture_output=True)
-    shell = pexpect.spawn(
-        bash, ["-i"], env=env | {"PS1": "$ "}, cwd=str(tmp_path), encoding="utf-8", timeout=20
-    )
+    subprocess.run([program, "-c", install], env=env, check=True, capture_output=True)
+    # Typer installs fish's into ~/.config, wherever XDG_CONFIG_HOME is.
+    own = env | {"PS1": "$ ", "TERM": "xterm", "XDG_CONFIG_HOME": str(tmp_path / ".config")}
+    shell = pexpect.spawn(program, ["-i"], env=own, cwd=str(tmp_path), encoding="utf-8", timeout=30)
     typed_and_shown = {
-        f"{name} tok": "tokenize ",
-        f"{name} run -m tiny-int4 -f not": "notes.txt ",
-        f"{name} show ow": "owner/real ",
+        f"{name} tok": "tokenize",
+        f"{name} run -m tiny-int4 -f not": "notes.txt",
+        f"{name} show ow": "owner/real",
     }
     for typed, shown in typed_and_shown.items():
-        shell.send(f"{typed}\t")
-        shell.expect_exact(shown)
+        before = typed.split()[-1]
+        shell.send(typed)
+        shell.expect_exact(before)
+        shell.send("\t")
+        shell.expect_exact(shown.removeprefix(before))
         shell.send("\x15")  # clears the line
     shell.close(force=True)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistralcli.cli.chat.markdown import MarkdownStream
+from mistralcli.cli.chat.markdown_code import _style_of, highlighter_for
 from mistralcli.cli.console import printable
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -353,3 +354,39 @@ def test_an_answer_of_100_kb_letter_by_letter_costs_a_second_or_two(part):
     assert (
         time.process_time() - start < 3.0
     )  # 0.1 to 1.1 where it was written; what is quadratic takes minutes
+
+
+LONG_BLOCKS = {
+    "python": [
+        'def f():\n    """First.\n',
+        "    if it is: a line of {words} for 1\n",
+        '    """\n    return 1\n',
+    ],
+    "c": ["/* First.\n", " * if it is a line of words for 1\n", " */\nint f(void) { return 1; }\n"],
+    "js": ["const a = 1;\n", "const b = {c: `d ${e} f`, g: 1}; // h\n", "const i = 1;\n"],
+}
+
+
+@pytest.mark.parametrize("language", LONG_BLOCKS)
+def test_a_long_string_comment_or_block_without_blank_lines_is_highlighted_as_in_one_piece_and_quickly(
+    language,
+):
+    first, line, last = LONG_BLOCKS[language]
+    text = first + 400 * line + last
+    highlighter = highlighter_for(language)
+    lexer, n_read = highlighter._lexer, []
+
+    class Counting:
+        def get_tokens_unprocessed(self, read):
+            n_read.append(len(read))
+            return lexer.get_tokens_unprocessed(read)
+
+    highlighter._lexer = Counting()
+    shown = [piece for one in text.splitlines() for piece in highlighter.read_line(one)]
+    whole = [(value, _style_of(kind)) for _, kind, value in lexer.get_tokens_unprocessed(text)]
+    assert letters(shown) == letters(whole)
+    assert sum(n_read) < 10 * len(text)
+
+
+def letters(pieces):
+    return [(letter, style) for text, style in pieces for letter in text if not letter.isspace()]

@@ -77,6 +77,42 @@ def test_tools_are_told_from_messages() -> None:
     assert found[USER] == "Is it raining?" and '"weather"' in found["tools"]
 
 
+class Letters:
+    """A tokenizer whose ids are letters, and a format that begins with `copied` of the messages; it counts ids."""
+
+    def __init__(self, copied: slice) -> None:
+        self._copied = copied
+        self.n_encoded = 0
+
+    def encode_chat(self, conversation: Conversation, extras: ChatExtras) -> list[int]:
+        texts = [message.content for message in conversation.messages]
+        ids = list(map(ord, "|".join([*texts[self._copied], *texts]) + "|"))
+        self.n_encoded += len(ids)
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("copied", "expected"),
+    [
+        (slice(0), "sssssssss|uu|aaa|uuu|"),
+        # A format that writes two messages twice: each has all from its first place to its second.
+        (slice(1, 3), "uuu" + "a" * 20 + "|uuu|"),
+    ],
+)
+def test_parts_are_what_differs_when_a_message_is_another(copied: slice, expected: str) -> None:
+    conversation = conversation_of([(SYSTEM, "s" * 9), (USER, "az"), (ASSISTANT, "b\nb"), (USER, "zz1")])
+    parts = prompt_parts(Letters(copied), conversation, NO_EXTRAS)  # type: ignore[arg-type]
+    assert "".join("|" if part == "template" else part[0] for part in parts) == expected
+
+
+def test_a_long_conversation_is_not_encoded_once_for_each_of_its_messages() -> None:
+    conversation = conversation_of([(USER, "x" * 1000), (ASSISTANT, "y" * 1000)] * 50 + [(USER, "x" * 1000)])
+    tokenizer = Letters(slice(0))
+    parts = prompt_parts(tokenizer, conversation, NO_EXTRAS)  # type: ignore[arg-type]
+    assert (parts.count("user"), parts.count("assistant"), parts.count("template")) == (51_000, 50_000, 101)
+    assert tokenizer.n_encoded < 3 * len(parts)
+
+
 def test_what_is_shown_is_what_run_sends(tmp_path: Path) -> None:
     shown = json.loads(
         mistral("template", "Hi [INST]", "--system", "Be brief.", "--json", home=tmp_path).stdout

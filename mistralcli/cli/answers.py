@@ -10,7 +10,8 @@ from mistralcli.demo import DEMO
 from mistralcli.errors import MistralError, UsageError
 
 if TYPE_CHECKING:
-    from mistralcli.session import Completion, Session, SessionOptions
+    from mistralcli.run_options import SessionOptions
+    from mistralcli.session import Completion, Session
 
 _PULL = "mistral pull mistralai/Mistral-7B-Instruct-v0.3"
 

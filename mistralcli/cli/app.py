@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mistralcli import __version__
+from mistralcli.cli.completion import use_own_zsh_script
 from mistralcli.cli.console import show_error
 from mistralcli.errors import DiskError, MistralError, UsageError
 
@@ -89,6 +90,8 @@ class LazyGroup(TyperGroup):
         spec = COMMANDS.get(cmd_name)
         return None if spec is None else LazyCommand(cmd_name, callback=None, help=spec.summary)
 
+
+use_own_zsh_script()
 
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 

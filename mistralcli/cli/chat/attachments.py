@@ -12,7 +12,7 @@ MAX_FILE_BYTES = 4 * 2**20
 
 
 def read_attachment(path: Path) -> Attachment:
-    """The text of a file. Raises UsageError in one sentence where that cannot go with a message."""
+    """The text of a file, and its name in one line. Raises UsageError where that cannot go with a message."""
     try:
         if not path.is_file():
             raise UsageError(f"{path} is a directory" if path.is_dir() else f"there is no file {path}")
@@ -30,7 +30,13 @@ def read_attachment(path: Path) -> Attachment:
         raise UsageError(f"{path} is not text: it has a zero byte")
     if not text.strip():
         raise UsageError(f"{path} is empty")
-    return Attachment(path.name, text.strip("\n"))
+    return Attachment(" ".join(path.name.split()) or "file", text.strip("\n"))
+
+
+def attached_line(attached: Sequence[Attachment]) -> str:
+    """Which files go with the next message."""
+    names = ", ".join(file.name for file in attached)
+    return f"{names} {'goes' if len(attached) == 1 else 'go'} with the next message"
 
 
 def with_attachments(attached: Sequence[Attachment], message: str) -> str:

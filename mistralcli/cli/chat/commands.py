@@ -63,6 +63,8 @@ def _help(chat: Chat, state: ChatState, argument: str) -> ChatState:
 
 _KEYS = '''
 Alt-Enter begins a new line; so does Enter in a message between """ and """.
+Tab completes commands, files and models; Ctrl-R searches what was typed;
+Ctrl-G opens the message in $EDITOR.
 Ctrl-C stops an answer and keeps what came; at the prompt it clears the line,
 and pressed twice it leaves.
 To send a message that begins with /, type //.'''
@@ -150,7 +152,7 @@ def _tokens(chat: Chat, state: ChatState, argument: str) -> ChatState:
 def _stats(chat: Chat, state: ChatState, argument: str) -> ChatState:
     lines = ["no answer has come since the chat began"] if state.last is None else _turn_stats(state.last)
     ledger = ledger_of(chat.session, state)
-    lines.append(f"context   {ledger.n_used} of {ledger.n_ctx} tokens used")
+    lines.append(f"context   {ledger.n_used:,} of {ledger.n_ctx:,} tokens used")
     lines.append(f"cache     {chat.session.cache_bytes / 1e6:.1f} MB")
     for line in lines:
         chat.terminal.note(line)
@@ -161,9 +163,9 @@ def _turn_stats(turn: "Completion") -> list[str]:
     n_new, n_answer = turn.n_prompt - turn.n_cached, len(turn.token_ids)
     decode = _rate(n_answer - 1, turn.timings.decode_s)  # the first token is the pre-fill's
     return [
-        f"prompt    {turn.n_prompt} tokens, {turn.n_cached} of them in the cache",
-        f"pre-fill  {n_new} tokens, {_rate(n_new, turn.timings.prefill_s)}",
-        f"answer    {n_answer} tokens, {decode}, seed {turn.seed}",
+        f"prompt    {turn.n_prompt:,} tokens, {turn.n_cached:,} of them in the cache",
+        f"pre-fill  {n_new:,} tokens, {_rate(n_new, turn.timings.prefill_s)}",
+        f"answer    {n_answer:,} tokens, {decode}, seed {turn.seed}",
     ]
 
 
@@ -179,7 +181,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "system": Command("[TEXT]", "show or replace the system prompt; none removes it", _system),
         "set": Command("[NAME VALUE]", "show the settings, or change one of them", _set),
         "model": Command("[NAME]", "show the model, or go on with another one", _model),
-        "file": Command("FILE", "add a file's text to the next message", files.attach),
+        "file": Command("FILE", "add a file to the next message; none takes all back", files.attach),
         "undo": Command("", "take back the last message and its answer", branches.undo),
         "retry": Command("", "answer the last message again", branches.retry),
         "edit": Command("N", "write message N anew; what followed it stays a branch", branches.edit),

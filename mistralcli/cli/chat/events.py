@@ -4,6 +4,7 @@
     {"event": "at", "message": 3}                   the place in the tree; null is its beginning
     {"event": "settings", "temperature": 0.7, …}    {"event": "system", "text": TEXT or null}
     {"event": "dropped", "messages": [0, 2]}        {"event": "draft", "text": TEXT}
+    {"event": "attached", "files": [{"name": NAME, "text": TEXT}]}              what goes with the next message
 
 A saved chat (`file.py`) and a session on disk (`sessions.py`) hold the same messages and settings, and are checked
 here: files come from anywhere.
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mistralcli.cli.chat.settings import SETTINGS, settings_of, with_setting
-from mistralcli.cli.chat.state import ChatState
+from mistralcli.cli.chat.state import Attachment, ChatState
 from mistralcli.cli.chat.tree import Node, Tree
 from mistralcli.conversation import Message, Role
 from mistralcli.errors import IntegrityError
@@ -40,6 +41,8 @@ def changes(before: ChatState, after: ChatState) -> Iterator[Event]:
         yield {"event": "system", "text": after.system}
     if before.dropped != after.dropped:
         yield {"event": "dropped", "messages": sorted(after.dropped)}
+    if before.attached != after.attached:
+        yield {"event": "attached", "files": [vars(file) for file in after.attached]}
     if before.draft != after.draft:
         yield {"event": "draft", "text": after.draft}
 
@@ -129,6 +132,18 @@ def with_dropped(tree: Tree, saved: object) -> frozenset[int]:
     return frozenset(index for index in places if index is not None)
 
 
+def _attached(state: ChatState, event: Event) -> ChatState:
+    return replace(state, attached=with_attached(event.get("files")))
+
+
+def with_attached(saved: object) -> tuple[Attachment, ...]:
+    """The files that a saved list says go with the next message."""
+    if not isinstance(saved, list) or not all(isinstance(file, dict) for file in saved):
+        raise IntegrityError("the attached files are not a list of objects")
+    of_what = " of an attached file"
+    return tuple(Attachment(text(file, "name", of_what), text(file, "text", of_what)) for file in saved)
+
+
 def _draft(state: ChatState, event: Event) -> ChatState:
     return replace(state, draft=text(event, "text") if event.get("text") else "")
 
@@ -140,6 +155,7 @@ _STEPS: Mapping[str, Callable[[ChatState, Event], ChatState]] = MappingProxyType
         "settings": _settings,
         "system": _system,
         "dropped": _dropped,
+        "attached": _attached,
         "draft": _draft,
     }
 )

@@ -3,10 +3,11 @@
     {"format": "mistral-chat", "version": 2, "model": NAME, "system": TEXT or null,
      "messages": [{"parent": null, "role": "user", "content": TEXT},
                   {"parent": 0, "role": "assistant", "content": TEXT, "unfinished": true}, ...],
-     "at": 1, "dropped": [], "settings": {"temperature": 0.7, ...}}
+     "at": 1, "dropped": [], "attached": [{"name": NAME, "text": TEXT}], "settings": {"temperature": 0.7, ...}}
 
-`parent` and `at` count messages from 0. Version 1 had no branches: no `parent`, `at` and `dropped`, each message behind
-the one before it. Files come from anywhere, so every part of one is checked before any is used.
+`parent` and `at` count messages from 0; there need be no `attached`, the files that go with the next message. Version 1
+had no branches: no `parent`, `at` and `dropped`, each message behind the one before it. Files come from anywhere, so
+every part of one is checked before any is used.
 """
 
 import json
@@ -16,7 +17,15 @@ from typing import Any
 
 from platformdirs import user_state_path
 
-from mistralcli.cli.chat.events import node_json, place, text, with_dropped, with_node, with_settings
+from mistralcli.cli.chat.events import (
+    node_json,
+    place,
+    text,
+    with_attached,
+    with_dropped,
+    with_node,
+    with_settings,
+)
 from mistralcli.cli.chat.settings import settings_of
 from mistralcli.cli.chat.state import ChatState
 from mistralcli.cli.chat.tree import Tree
@@ -39,7 +48,8 @@ def save_chat(path: Path, model: str, state: ChatState) -> None:
     """
     about = {"format": _FORMAT, "version": _VERSION, "model": model, "system": state.system}
     messages = {"messages": [node_json(node) for node in state.tree.nodes], "at": state.tree.at}
-    rest = {"dropped": sorted(state.dropped), "settings": settings_of(state)}
+    rest = {"dropped": sorted(state.dropped), "attached": [vars(file) for file in state.attached]}
+    rest |= {"settings": settings_of(state)}
     try:
         if path.exists() and not _is_saved_chat(path):
             raise UsageError(
@@ -111,4 +121,5 @@ def _state(saved: dict[str, Any]) -> ChatState:
     if saved["version"] != 1:
         tree = tree.move(place(tree, saved.get("at"), "the place"))
         dropped = with_dropped(tree, saved.get("dropped"))
-    return with_settings(ChatState(tree, system, dropped=dropped), saved.get("settings"))
+    attached = with_attached(saved.get("attached", []))
+    return with_settings(ChatState(tree, system, dropped=dropped, attached=attached), saved.get("settings"))

@@ -18,6 +18,9 @@ MOST_LISTED = 20
 
 
 def attach(chat: Chat, state: ChatState, argument: str) -> ChatState:
+    if argument == "none":
+        chat.terminal.note("no file goes with the next message")
+        return replace(state, attached=())
     session = chat.session
     file = read_attachment(_file(argument))
     n_tokens = len(session.tokenizer.encode(as_block(file)))

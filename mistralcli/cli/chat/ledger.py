@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mistralcli.cli.chat.attachments import attached_line
 from mistralcli.cli.chat.state import ChatState, Model
 from mistralcli.conversation import Conversation
 from mistralcli.errors import ContextOverflowError, MistralError
@@ -79,7 +80,9 @@ class Toolbar:
             if not self._model.ready():
                 return ""
             try:
-                self._line = ledger_of(self._model.session(), self._state).toolbar()
+                ledger = ledger_of(self._model.session(), self._state).toolbar()
+                attached = self._state.attached
+                self._line = f"{ledger} · {attached_line(attached)}" if attached else ledger
             except MistralError:  # which the next message is told
                 self._line = ""
         return self._line

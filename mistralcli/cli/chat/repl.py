@@ -7,12 +7,12 @@ that saves.
 from dataclasses import replace
 
 from mistralcli.cli.chat.answers import answered, save
-from mistralcli.cli.chat.attachments import with_attachments
+from mistralcli.cli.chat.attachments import attached_line, with_attachments
 from mistralcli.cli.chat.branch_commands import where
 from mistralcli.cli.chat.commands import run_command
 from mistralcli.cli.chat.file import rescue_chat
 from mistralcli.cli.chat.inputs import message_in
-from mistralcli.cli.chat.kept_cache import keep_cache
+from mistralcli.cli.chat.kept_cache import QUICK_BYTES, keep_cache
 from mistralcli.cli.chat.ledger import Toolbar
 from mistralcli.cli.chat.state import Chat, ChatState
 from mistralcli.cli.console import error_text, on_interrupt
@@ -20,18 +20,24 @@ from mistralcli.errors import MistralError
 
 
 def run_repl(chat: Chat, state: ChatState) -> None:
-    """Chat until /exit or Ctrl-D, which return, or two Ctrl-C, which raise KeyboardInterrupt.
+    """Chat until /exit or Ctrl-D, which return, two Ctrl-C, which raise KeyboardInterrupt, or a signal (SystemExit).
 
-    The session is saved after every step. While an answer comes Ctrl-C stops it; the signal does nothing else, so that
-    none takes the conversation with it. An error that nobody foresaw is raised on, with the conversation saved.
+    The session is saved after every step, and where that failed elsewhere at the end. While an answer comes Ctrl-C
+    stops it; the signal does nothing else, so that none takes the conversation with it. An error that nobody foresaw is
+    raised on, with the conversation saved.
     """
     with on_interrupt(lambda number, frame: None):
         if state.tree.at is not None:
             chat.terminal.note(f"the chat goes on: {where(state)}")
+        if state.attached:
+            chat.terminal.note(attached_line(state.attached))
         try:
             state = _until_left(chat, state)
         except KeyboardInterrupt:
             keep_cache(chat)
+            raise
+        except SystemExit:  # whoever sent the signal may not wait for long
+            keep_cache(chat, QUICK_BYTES)
             raise
         keep_cache(chat)
 
@@ -45,9 +51,12 @@ def _until_left(chat: Chat, state: ChatState) -> ChatState:
                 save(chat, state)
         except EOFError:
             break
-        except Exception:
-            _rescue(chat, state)
+        except BaseException as error:
+            if isinstance(error, Exception) or chat.store.is_failing:
+                _rescue(chat, state)
             raise
+    if chat.store.is_failing:
+        _rescue(chat, state)
     return state
 
 

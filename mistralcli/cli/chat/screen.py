@@ -7,6 +7,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.output.plain_text import PlainTextOutput
+from prompt_toolkit.output.vt100 import Vt100_Output
 
 from mistralcli.cli import console
 from mistralcli.cli.chat.markdown import MarkdownStream
@@ -69,10 +71,17 @@ def _width() -> int:
     return 80
 
 
+_ERASE_DOWN = "\x1b7\x1b[K\x1b[B\r\x1b[J\x1b8"
+"""This line from the cursor on, then those below: all at once from the first row on, tmux keeps as scrolled away."""
+
+
 def prompt_output() -> Output:
     """prompt_toolkit writes escape sequences to a dumb terminal too, unless its output is plain."""
     if console.is_smart_terminal(sys.stdin):
-        return create_output(always_prefer_tty=True)
+        output = create_output(always_prefer_tty=True)
+        if "TMUX" in os.environ and isinstance(output, Vt100_Output):
+            output.erase_down = partial(output.write_raw, _ERASE_DOWN)  # type: ignore[method-assign]
+        return output
     return PlainTextOutput(sys.stdout if console.is_terminal(sys.stdout) else sys.stderr)
 
 

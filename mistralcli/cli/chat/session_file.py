@@ -31,7 +31,8 @@ class Resumed:
     notes: tuple[str, ...] = ()
 
 
-def changed(path: Path) -> float:
+def modified_at(path: Path) -> float:
+    """When a file was last written, in seconds since the epoch; 0 where it is gone."""
     try:
         return path.stat().st_mtime
     except OSError:  # removed in this moment
@@ -74,7 +75,9 @@ def session_info(path: Path) -> SessionInfo:
     _, events, _ = read_events(path)
     said = [str(event.get("content")) for event in events if event.get("event") == "message"]
     first = " ".join(said[0].split()) if said else ""
-    return SessionInfo(path, datetime.fromtimestamp(changed(path)), model_of(path, events), first, len(said))
+    return SessionInfo(
+        path, datetime.fromtimestamp(modified_at(path)), model_of(path, events), first, len(said)
+    )
 
 
 def model_of(path: Path, events: list[Event]) -> str:

@@ -7,6 +7,7 @@ second, which the whole answer replaces. Whatever ends the process, at most the 
 Who writes a file holds a lock on it, so another chat that goes on with the same session does so in a copy.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -24,9 +25,9 @@ from mistralcli.cli.chat.session_file import (
     Resumed,
     SessionInfo,
     as_written,
-    changed,
     going_on,
     model_of,
+    modified_at,
     read_events,
     session_info,
 )
@@ -78,7 +79,7 @@ class SessionStore:
         written = None if self._writing is None else self._writing.state.tree.nodes
         if written is not None and state.tree.nodes[: len(written)] != written:
             self.close()
-        if self._writing is None and not (state.tree.nodes or state.draft):
+        if self._writing is None and not (state.tree.nodes or state.draft or state.attached):
             return
         self.is_failing = True
         try:
@@ -95,7 +96,7 @@ class SessionStore:
         except OSError as error:
             raise DiskError(
                 f"the session cannot be saved in {self.directory}: {error.strerror}",
-                "make room, and the next step saves it all; or /save it elsewhere",
+                f"{_remedy(error)}, and the next step saves it all; or /save it elsewhere",
             ) from None
         self.is_failing = False
 
@@ -135,7 +136,7 @@ class SessionStore:
         return list(islice(self._listed(), n_most))
 
     def _listed(self) -> Iterator[SessionInfo]:
-        for path in sorted(self.directory.glob("*.jsonl"), key=changed, reverse=True):
+        for path in sorted(self.directory.glob("*.jsonl"), key=modified_at, reverse=True):
             try:
                 yield session_info(path)
             except MistralError:
@@ -190,6 +191,10 @@ def _locked(descriptor: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _remedy(error: OSError) -> str:
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see who may write there"
 
 
 def _header(model: str) -> Event:

@@ -1,5 +1,6 @@
 """What `/set` changes and a saved chat holds: the flags of sampling, with their checks."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -56,7 +57,11 @@ def settings_of(state: ChatState) -> dict[str, Value]:
 def with_setting(state: ChatState, name: str, value: Any) -> ChatState:
     """`state` with one setting changed. Raises UsageError for an unknown name or an impossible value."""
     if name not in SETTINGS:
-        raise UsageError(f"there is no setting {name!r}", f"the settings are {', '.join(SETTINGS)}")
+        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+        did_you_mean = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"there is no setting {name!r}", f"{did_you_mean}the settings are {', '.join(SETTINGS)}"
+        )
     if not SETTINGS[name].accepts(value):
         raise UsageError(f"{name} must be {SETTINGS[name].describe()}, not {value!r}")
     if name == "stop":

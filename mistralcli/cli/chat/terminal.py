@@ -42,7 +42,11 @@ from mistralcli.cli.chat.state import Chat, ChatState
 from mistralcli.errors import MistralError
 
 _STYLE = Style.from_dict(
-    {"prompt": "ansigreen bold", "introduction": "dim", "bottom-toolbar": "noreverse dim"}
+    {
+        "prompt": "ansimagenta bold",  # bright green, as bold green often is, cannot be read on white
+        "introduction": "ansidefault nobold dim",
+        "bottom-toolbar": "noreverse dim",
+    }
 )
 _LOOK_EVERY_S = 0.1
 _MENU_ROWS = 6

@@ -157,8 +157,7 @@ def _flags() -> dict[str, Any]:
 
 def _refuse_out_of_range(key: str, value: Any) -> None:
     """Raise UsageError where run would, once it has begun."""
-    from mistralcli.sampling import SamplingParams
-    from mistralcli.session import SessionOptions
+    from mistralcli.run_options import SamplingParams, SessionOptions
 
     for kind in (SamplingParams, SessionOptions):
         if key in kind.__dataclass_fields__:

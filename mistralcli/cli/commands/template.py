@@ -26,10 +26,10 @@ _STYLES: "dict[Part, str]" = {
     "system": "35",
     "user": "36",
     "assistant": "32",
-    "tools": "33",
+    "tools": "31",
     "template": "2",
 }
-"""Colours that a terminal's own palette makes readable on light and on dark."""
+"""Colours that palettes make readable on light and on dark; yellow is not."""
 
 _CONTROL_STYLE = "7"
 """Reversed: what only looks like a control token is not."""

@@ -1,15 +1,16 @@
 """Many completions together: all sequences of the engine are decoded at once; the next prompt replaces what has ended.
 
 A step reads the weights once for all sequences, which is what decoding costs; so eight together take little longer than
-one.
+one. Where `CpuDecoder` takes the model, an answer is the same, to the last bit, however many are decoded together.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
-from mistralcli.engine import ChooseToken, FinishReason
+from mistralcli.engine import ChooseToken, Engine, FinishReason
 from mistralcli.errors import MistralError
 from mistralcli.sampling import Sampler, SamplingParams
 from mistralcli.session import Session, StopScanner
@@ -50,37 +51,43 @@ def complete_all(session: Session, jobs: Iterable[Job]) -> Iterator[Answer]:
     waiting = iter(jobs)
     running: dict[int, _Running] = {}
     while True:
-        for index in range(n_seqs):
-            while index not in running and (job := next(waiting, None)) is not None:
-                begun = _begin(session, index, job)
-                if begun.answer.finish_reason is None and begun.answer.error is None:
-                    running[index] = begun
-                else:
-                    yield begun.answer
+        free = [index for index in range(n_seqs) if index not in running]
+        while free and (next_jobs := list(islice(waiting, len(free)))):
+            begun = {index: _Running(session, job) for index, job in zip(free, next_jobs, strict=False)}
+            _begin(engine, begun)
+            yield from (one.answer for one in begun.values() if one.has_ended)
+            running |= {index: one for index, one in begun.items() if not one.has_ended}
+            free = [index for index in free if index not in running]
         if not running:
             return
         ids = [running[index].last_id if index in running else 0 for index in range(n_seqs)]
         logits = engine.step(ids, idle=[index for index in range(n_seqs) if index not in running])
         for index, one in list(running.items()):
             one.take(logits[index])
-            if one.answer.finish_reason is not None or one.answer.error is not None:
+            if one.has_ended:
                 yield running.pop(index).answer
 
 
-def _begin(session: Session, index: int, job: Job) -> "_Running":
-    """A job in a sequence, its prompt run and its first token chosen."""
-    running = _Running(session, job)
+def _begin(engine: Engine, begun: Mapping[int, "_Running"]) -> None:
+    """Run the prompts of some sequences, together where the engine does it so, and choose their first ids."""
+    for one in begun.values():
+        try:
+            engine.require_room(len(one.token_ids))
+        except MistralError as error:
+            one.answer.error = error
+    fitting = {index: one for index, one in begun.items() if not one.has_ended}
     try:
-        logits = session.engine.start(index, job.token_ids)
+        logits = engine.start({index: one.token_ids for index, one in fitting.items()})
     except MistralError as error:
-        running.answer.error = error
+        for one in fitting.values():
+            one.answer.error = error
     else:
-        running.take(logits)
-    return running
+        for index, one in fitting.items():
+            one.take(logits[index])
 
 
 class _Running:
-    """One sequence on its way: `last_id` is the id that the next step appends."""
+    """One sequence on its way: `token_ids` are all so far, `last_id` is the id that the next step appends."""
 
     def __init__(self, session: Session, job: Job) -> None:
         sampler = Sampler(job.params)
@@ -89,12 +96,16 @@ class _Running:
             self._choose = wrap(self._choose)
         self.answer = Answer(job.index, len(job.token_ids), sampler.seed)
         self.last_id = 0
-        self._so_far = list(job.token_ids)
+        self.token_ids = list(job.token_ids)
         self._decoder = session.tokenizer.stream(continues_text=bool(job.through))
         self._scanner = StopScanner(job.stop)
         self._stop_ids = session.stop_ids
         room = session.max_seq_len - len(job.token_ids)
         self._n_most = room if job.max_tokens is None else min(room, job.max_tokens)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.answer.finish_reason is not None or self.answer.error is not None
 
     def take(self, logits: torch.Tensor) -> None:
         """Choose the next id by its logits (vocab_size,), and notice when that was the last."""
@@ -102,13 +113,13 @@ class _Running:
         if len(answer.token_ids) >= self._n_most:
             return self._end("length")
         try:
-            self.last_id = self._choose(logits, self._so_far)
+            self.last_id = self._choose(logits, self.token_ids)
         except MistralError as error:
             answer.error = error
             return None
         if self.last_id in self._stop_ids:
             return self._end("stop")
-        self._so_far.append(self.last_id)
+        self.token_ids.append(self.last_id)
         answer.token_ids.append(self.last_id)
         answer.text += self._scanner.push(self._decoder.push(self.last_id))
         if self._scanner.stopped:

@@ -1,7 +1,7 @@
 """Token ids in, token ids out: chunked pre-fill, decoding, and a cache that is kept between calls."""
 
 import os
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -200,12 +200,14 @@ class Engine:
 
     def _extend(self, token_ids: list[int]) -> torch.Tensor:
         """Append ids to the only sequence; logits after the last: (vocab_size,)."""
-        decoder = self.decoder or self._cpu_decoder
-        if decoder is not None and len(token_ids) == 1:
-            logits = decoder.feed(token_ids)[0]
+        start, logits = len(self.token_ids), None
+        if self.decoder is not None and len(token_ids) == 1:
+            logits = self.decoder.feed(token_ids)[0]
+        elif self._cpu_decoder is not None and self._cpu_decoder.takes(len(token_ids), start + len(token_ids)):
+            logits = self._cpu_decoder.append({0: token_ids})[0]
+        if logits is not None:
             self.token_ids.extend(token_ids)
             return logits
-        start = len(self.token_ids)
         positions = torch.arange(start, start + len(token_ids))[None]
         hidden = self._forward(torch.tensor([token_ids]), positions)
         self.token_ids.extend(token_ids)
@@ -257,15 +259,30 @@ class Engine:
                     last_hidden[i] = hidden[i, n_tokens - 1 - start].clone()
         return self._logits(torch.stack([row for row in last_hidden if row is not None]))
 
-    def start(self, index: int, token_ids: Sequence[int]) -> torch.Tensor:
-        """Begin one sequence afresh with a prompt, the others left where they are; logits after it: (vocab_size,).
+    def start(self, prompts: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:
+        """Begin sequences afresh, each with the prompt of its index, the others left where they are.
+
+        Returns the logits after each prompt, (vocab_size,).
 
         Raises:
-            ContextOverflowError: the prompt leaves no room for one token.
+            ContextOverflowError: a prompt leaves no room for one token.
         """
-        self.require_room(len(token_ids))
+        for token_ids in prompts.values():
+            self.require_room(len(token_ids))
         self.token_ids = []
-        cache = self.cache.sequence(index, len(token_ids))
+        logits, together = {}, {}
+        for index, token_ids in prompts.items():
+            if self._cpu_decoder is not None and self._cpu_decoder.takes(len(token_ids), len(token_ids)):
+                self.cache.last[index] = -1
+                together[index] = token_ids
+            else:
+                logits[index] = self._start_alone(self.cache.sequence(index, len(token_ids)), token_ids)
+        if self._cpu_decoder is not None and together:
+            logits |= zip(together, self._cpu_decoder.append(together).clone(), strict=True)
+        return logits
+
+    def _start_alone(self, cache: KVCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """`start` of one sequence, which the cache is that of, by the model's forward pass."""
         for start in range(0, len(token_ids), self.chunk):
             part = torch.tensor([token_ids[start : start + self.chunk]])
             positions = torch.arange(start, start + part.shape[1])[None]
@@ -273,7 +290,7 @@ class Engine:
         return self._logits(hidden[0, -1])
 
     def step(self, token_ids: Sequence[int], idle: Collection[int] = ()) -> torch.Tensor:
-        """Append one id to each sequence; logits after it: (n_seqs, vocab_size).
+        """Append one id to each sequence; logits after it: (n_seqs, vocab_size), valid until the next call.
 
         idle: sequences that are not going on, by index; their ids and logits mean nothing, and what the cache holds of
         them is lost.
@@ -287,11 +304,19 @@ class Engine:
             raise ContextOverflowError(
                 f"a sequence fills the context of {self.max_seq_len} positions", "ask for a longer --ctx"
             )
-        decoder = self.decoder or self._cpu_decoder
-        if decoder is not None:
-            return decoder.feed(token_ids).clone()
+        if self.decoder is not None:
+            return self.decoder.feed(token_ids).clone()
+        if self._cpu_decoder is not None:
+            going_on = {index: [one] for index, one in enumerate(token_ids) if index not in idle}
+            logits = self._cpu_decoder.append(going_on)
+            return logits if not idle else _spread(logits, list(going_on), len(token_ids))
         hidden = self._forward(torch.tensor(token_ids)[:, None], positions.cpu())
         return self._logits(hidden[:, 0])
+
+
+def _spread(rows: torch.Tensor, places: Sequence[int], n_rows: int) -> torch.Tensor:
+    """Rows at their places among n_rows, zeros elsewhere."""
+    return rows.new_zeros(n_rows, rows.shape[1]).index_copy_(0, torch.tensor(places), rows)
 
 
 def _padded(prompts: Sequence[Sequence[int]], start: int, stop: int) -> torch.Tensor:

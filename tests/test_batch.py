@@ -48,10 +48,10 @@ def test_every_answer_is_what_it_is_alone_however_the_sequences_are_shared(three
 
 def test_a_sequence_begins_afresh_where_another_has_been(three: Session) -> None:
     engine = three.engine
-    before = engine.start(1, token_ids(20, vocab_size=32768, seed=1))
-    engine.start(1, token_ids(150, vocab_size=32768, seed=2))
+    before = engine.start({1: token_ids(20, vocab_size=32768, seed=1)})[1]
+    engine.start({1: token_ids(150, vocab_size=32768, seed=2)})
     engine.step([5, 6, 7], idle=[0, 2])
-    assert torch.equal(engine.start(1, token_ids(20, vocab_size=32768, seed=1)), before)
+    assert torch.equal(engine.start({1: token_ids(20, vocab_size=32768, seed=1)})[1], before)
 
 
 def test_a_job_that_cannot_be_has_its_error_and_touches_no_other(three: Session) -> None:

@@ -87,7 +87,7 @@ def test_a_batch_of_prompts_of_different_lengths_equals_each_alone(tmp_path: Pat
     prompts = [token_ids(n, seed=n) for n in (1, 23, 9)]
     steps = [token_ids(3, seed=50 + i) for i in range(20)]
     batch = Engine(model, max_seq_len=48, chunk=5, slack=4, n_seqs=3)
-    together = [batch.prefill(prompts), *(batch.step(ids) for ids in steps)]
+    together = [batch.prefill(prompts), *(batch.step(ids).clone() for ids in steps)]
     for i, prompt in enumerate(prompts):
         ids = prompt + [step[i] for step in steps]
         alone = all_logits(model, ids, chunk=len(ids), slack=len(ids))[len(prompt) - 1 :]

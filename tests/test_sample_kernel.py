@@ -134,12 +134,18 @@ def test_truncation_keeps_what_the_reference_keeps_whatever_the_parameters(seed:
     check_truncation(logits, params)
 
 
+def truncated(scaled: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """−∞ where `truncate` leaves a token out; the largest of `scaled` is 0."""
+    left_out = torch.from_numpy(truncate(scaled.exp().numpy(), params) == 0)
+    return scaled.masked_fill(left_out, -math.inf)
+
+
 def check_truncation(logits: torch.Tensor, params: SamplingParams) -> None:
     """The sampler keeps `truncate`'s tokens, and draws of them what it would draw of all if that is kept."""
     seen = [[i for i in (1, 5, 40) if i < logits.shape[1]]]
     adjusted = penalize(logits[0].double(), seen[0], params.repeat_penalty)
     scaled = (adjusted - adjusted.max()) / params.temperature
-    expected = truncate(scaled, params).isfinite()
+    expected = truncated(scaled, params).isfinite()
     # What is equal to a token that is kept is kept as well.
     expected = (scaled >= scaled[expected].min()) & scaled.isfinite()
 
@@ -161,7 +167,7 @@ def at_a_bound(scaled: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     at_min_p = (scaled - math.log(params.min_p or 1e-300)).abs() < 1e-5
     if params.top_p == 1:
         return at_min_p
-    among = truncate(scaled, SamplingParams(temperature=1, top_k=params.top_k))
+    among = truncated(scaled, SamplingParams(temperature=1, top_k=params.top_k))
     ordered = among.sort(descending=True).values
     up_to = torch.cat([torch.zeros(1), ordered.softmax(-1).cumsum(-1)])
     before = up_to[torch.searchsorted(-ordered, -scaled)]  # the mass of those strictly likelier

@@ -2,21 +2,25 @@
 
 import itertools
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mistralcli.errors import IntegrityError, UsageError
-from mistralcli.sampling import Sampler, SamplingParams, penalize, truncate
+from mistralcli.kernels.cpu.sample import Draw
+from mistralcli.sampling import Sampler, SamplingParams, drawn, penalize, truncate, weighed
 from mistralcli.session import StopScanner
 
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))
 
 
 def kept(**params: float) -> list[int]:
-    return truncate(LOGITS, SamplingParams(temperature=1, **params)).isfinite().nonzero().flatten().tolist()  # type: ignore[arg-type]
+    weights = (LOGITS - LOGITS.max()).exp().numpy()
+    return truncate(weights, SamplingParams(temperature=1, **params)).nonzero()[0].tolist()  # type: ignore[arg-type]
 
 
 def test_truncations_keep_the_likeliest_tokens() -> None:
@@ -53,6 +57,58 @@ def test_samples_follow_the_distribution() -> None:
     counts = torch.bincount(torch.tensor([sampler(LOGITS, []) for _ in range(20_000)]), minlength=5) / 20_000
     # Three standard deviations of a share of 0.4 in 20,000 draws.
     torch.testing.assert_close(counts, LOGITS.exp(), atol=3 * math.sqrt(0.4 * 0.6 / 20_000), rtol=0)
+
+
+@pytest.mark.parametrize("n_logits", [1, 5, 255, 256, 257, 5000])
+def test_the_kernel_draws_what_numpy_draws(n_logits: int) -> None:
+    """And at neither end of the uniform numbers what is left out."""
+    logits = torch.randn(n_logits, generator=torch.Generator().manual_seed(n_logits)) * 3
+    logits[1::3] = -math.inf
+    highest, draw, source = float(logits.max()), Draw(n_logits), random.Random(1)
+    for temperature in (0.1, 0.7, 5.0):
+        weights = weighed(logits.numpy(), highest, 1 / temperature)
+        for uniform in (source.random() for _ in range(300)):
+            assert draw(logits, highest, 1 / temperature, uniform) == drawn(weights, uniform)
+        for uniform in (0.0, 1 - 2.0**-53):
+            assert logits[draw(logits, highest, 1 / temperature, uniform)] > -math.inf
+            assert logits[drawn(weights, uniform)] > -math.inf
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 1 - 1e-9}])
+def test_draws_follow_the_distribution_across_blocks(params: dict[str, float]) -> None:
+    """By the kernel and, where something may be left out, by NumPy: the mass of every 100 of 1,000 tokens."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0, **params))  # type: ignore[arg-type]
+    ids = torch.tensor([sampler(logits, []) for _ in range(20_000)])
+    shares = torch.bincount(ids // 100, minlength=10) / len(ids)
+    expected = logits.double().softmax(0).view(10, 100).sum(1).float()
+    # Four standard deviations of a share of 0.1 in 20,000 draws.
+    torch.testing.assert_close(shares, expected, atol=4 * math.sqrt(0.1 * 0.9 / 20_000), rtol=0)
+
+
+@given(
+    weights=st.lists(st.integers(0, 40), min_size=1, max_size=600).filter(any),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+)
+def test_truncation_is_what_sorting_all_gives(
+    weights: list[int], top_k: int, top_p: float, min_p: float
+) -> None:
+    """Whole numbers with many ties, over blocks, whose sums are exact; what weighs as much as what stays, stays."""
+    scaled = np.array(weights, dtype=np.float32) / np.float32(64)
+    kept = sorted(weights, reverse=True)
+    if 0 < top_k < len(kept):
+        kept = [one for one in weights if one >= kept[top_k - 1]]
+    if top_p < 1:
+        ordered = sorted(kept, reverse=True)
+        before = itertools.accumulate(ordered, initial=0)
+        nucleus = [one for one, mass in zip(ordered, before, strict=False) if mass < top_p * sum(ordered)]
+        kept = [one for one in kept if one >= nucleus[-1]]
+    least = min(kept) / 64
+    expected = np.where((scaled >= least) & (scaled >= np.float32(min_p)), scaled, 0)
+    params = SamplingParams(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert np.array_equal(truncate(scaled, params), expected)
 
 
 def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:

@@ -4,7 +4,9 @@ What a query at position p sees are the positions from max(0, p − window + 1) 
 slots, or two where it wraps. A task is a query of one sequence for one key head, and a part of what it sees; the query
 heads that share that key head share its loads. It walks along the keys some slots at a time, as many as a vector has
 lanes, with the softmax's largest score and sum so far (Milakov & Gimelshein 2018), so that scores are never in memory.
-Parts are put together behind that (`combine`).
+
+Every `SEGMENT` slots, counted from the first that is seen, it begins anew, and the segments are put together behind
+that (`combine`). So what comes out does not depend on how many threads share a query, nor on the queries beside it.
 """
 
 import functools
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 from llvmlite import ir
 from numba.core import cgutils
@@ -39,11 +42,14 @@ from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task
 from quant.kernels.cpu.tile import PREFETCH_BYTES
 from quant.kernels.cpu.vectors import F32, I32, I64, Vectors
 
-PART_SLOTS = 128
-"""What a part sees at least: below, to put parts together takes longer than they save."""
+SEGMENT = 128
+"""Slots of a segment; parts are whole segments. With fewer, to put them together would take longer than parts save."""
 
 STATE_BYTES = 8
-"""The largest score and the sum of a part."""
+"""The largest score and the sum of a segment."""
+
+PLACE_BYTES = 24
+"""Of a token: its position, its sequence, and the last position that is written in that."""
 
 
 def emit_attend_slots(
@@ -144,15 +150,15 @@ def emit_begin(
 def emit_combine(
     builder: ir.IRBuilder,
     head_dim: int,
-    n_parts: ir.Value,
+    n_segments: ir.Value,
     group: ir.Value,
     sums: ir.Value,
     state: ir.Value,
     out: ir.Value,
 ) -> None:
-    """Put the parts of a query together; out (head_dim,) float32 is zeros where nothing was seen.
+    """Put the segments of a query together; out (head_dim,) float32 is zeros where nothing was seen.
 
-    sums, state: addresses of the first part's; those of the others are `group` rows apart.
+    sums, state: addresses of the first segment's; those of the others are `group` rows apart.
     """
     w = Vectors(builder, width_of(head_dim))
     row_bytes, state_bytes = (builder.mul(group, I64(size)) for size in (4 * head_dim, STATE_BYTES))
@@ -167,7 +173,7 @@ def emit_combine(
     def add(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
         own, row, weight, *summed = carried
         factor = exp(w, w.splat(builder.fsub(w.load(F32, own), highest)))
-        # A part that saw nothing has −∞ for its largest score, and where none saw anything −∞ − −∞ is no number.
+        # A segment that saw nothing has −∞ for its largest score, and where none saw anything −∞ − −∞ is no number.
         is_empty = builder.fcmp_ordered("==", w.load(F32, own, 4), F32(0.0))
         factor = builder.select(is_empty, zero, factor)
         weight = w.multiply_add(w.splat(w.load(F32, own, 4)), factor, weight)
@@ -175,87 +181,96 @@ def emit_combine(
             summed[i] = w.multiply_add(w.load(w.floats, row, 4 * w.lanes * i), factor, summed[i])
         return [builder.add(own, state_bytes), builder.add(row, row_bytes), weight, *summed]
 
-    _, highest = w.loop(n_parts, [state, F32(-math.inf)], look)
-    _, _, weight, *summed = w.loop(n_parts, [state, sums, zero, *[zero] * n_vectors], add)
+    _, highest = w.loop(n_segments, [state, F32(-math.inf)], look)
+    _, _, weight, *summed = w.loop(n_segments, [state, sums, zero, *[zero] * n_vectors], add)
     nothing = builder.fcmp_ordered("==", weight, zero)
     for i in range(n_vectors):
         w.store(builder.select(nothing, zero, builder.fdiv(summed[i], weight)), out, 4 * w.lanes * i)
 
 
-attend_slots, begin, combine_parts = (
+attend_slots, begin, combine_segments = (
     inlined(emit, n_constants)
     for emit, n_constants in ((emit_attend_slots, 2), (emit_begin, 1), (emit_combine, 1))
 )
 """The same for numba."""
 
 
+def _first_seen(position: int, last: int, capacity: int, window: int) -> int:
+    """The first position that a query sees of a ring that `last` was written to last; window 0 is none."""
+    first = max(0, last - capacity + 1)
+    return max(first, position - window + 1) if window > 0 else first
+
+
+def _n_segments(position: int, first: int) -> int:
+    """One at least, which padding sees nothing of."""
+    return max(1, -(-(position + 1 - first) // SEGMENT))
+
+
+first_seen: Any = numba.njit(_first_seen)
+n_segments_of: Any = numba.njit(_n_segments)
+"""The same for kernels; numba's decorators are not known to a type checker."""
+
+
 @functools.cache
 def _attending_kernel(numbers: str, head_dim: int, isa: str, digest: str) -> int:
     """A task is a query, a key head and a part of what it sees."""
     version = f"{isa} {digest}"
-    block, row_bytes, minimum = width_of(head_dim), 4 * head_dim, PART_SLOTS
+    block, row_bytes = width_of(head_dim), 4 * head_dim
 
     def attend(job: Any) -> None:
         assert version
-        q, q_bytes, positions, n_tokens = (
-            job[ARGUMENTS],
-            job[ARGUMENTS + 1],
-            job[ARGUMENTS + 2],
-            job[ARGUMENTS + 3],
-        )
+        q, q_bytes, places = job[ARGUMENTS], job[ARGUMENTS + 1], job[ARGUMENTS + 2]
         keys, values, k_scales, v_scales = (
+            job[ARGUMENTS + 3],
             job[ARGUMENTS + 4],
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
-            job[ARGUMENTS + 7],
         )
         # Slots, not bytes, lie between sequences and heads, so that they are right for scales too.
-        seq_slots, head_slots, slot_bytes = job[ARGUMENTS + 8], job[ARGUMENTS + 9], job[ARGUMENTS + 10]
+        seq_slots, head_slots, slot_bytes = job[ARGUMENTS + 7], job[ARGUMENTS + 8], job[ARGUMENTS + 9]
         capacity, window, n_kv_heads, group, n_parts = (
+            job[ARGUMENTS + 10],
             job[ARGUMENTS + 11],
             job[ARGUMENTS + 12],
             job[ARGUMENTS + 13],
             job[ARGUMENTS + 14],
-            job[ARGUMENTS + 15],
         )
-        sums, state = job[ARGUMENTS + 16], job[ARGUMENTS + 17]
+        sums, state, most_segments = job[ARGUMENTS + 15], job[ARGUMENTS + 16], job[ARGUMENTS + 17]
         task = take_task(job)
         while task < job[N_TASKS]:
             part, rest = task % n_parts, task // n_parts
             head, token = rest % n_kv_heads, rest // n_kv_heads
-            seq = token // n_tokens
-            position = read(positions + 8 * token)
-            last = position
-            for other in range(seq * n_tokens, (seq + 1) * n_tokens):
-                last = max(last, read(positions + 8 * other))
-            first = max(0, last - capacity + 1)
-            if window > 0:
-                first = max(first, position - window + 1)
-            length = max(minimum, -(-(position + 1 - first) // n_parts))
-            at, stop = first + part * length, min(first + (part + 1) * length, position + 1)
-            # Rows of a task, and of a part of all queries, lie together.
-            own = ((token * n_kv_heads + head) * n_parts + part) * group
-            own_sums, own_state = sums + own * row_bytes, state + own * STATE_BYTES
-            begin(head_dim, group, own_sums, own_state)
+            place = places + token * PLACE_BYTES
+            position, seq = read(place), read(place + 8)
+            first = first_seen(position, read(place + 16), capacity, window)
+            n_segments = n_segments_of(position, first)
+            per_part = -(-n_segments // n_parts)
             ring = seq * seq_slots + head * head_slots
-            while at < stop:
-                slot = at % capacity
-                n_slots = min(block, min(stop - at, capacity - slot))
-                attend_slots(
-                    numbers,
-                    head_dim,
-                    keys + (ring + slot) * slot_bytes,
-                    values + (ring + slot) * slot_bytes,
-                    slot_bytes,
-                    k_scales + (ring + slot) * 4,
-                    v_scales + (ring + slot) * 4,
-                    n_slots,
-                    q + token * q_bytes + head * group * row_bytes,
-                    group,
-                    own_sums,
-                    own_state,
-                )
-                at += n_slots
+            for segment in range(part * per_part, min((part + 1) * per_part, n_segments)):
+                # Rows of a segment, and then of a query, lie together.
+                own = ((token * n_kv_heads + head) * most_segments + segment) * group
+                own_sums, own_state = sums + own * row_bytes, state + own * STATE_BYTES
+                begin(head_dim, group, own_sums, own_state)
+                at = first + segment * SEGMENT
+                stop = min(at + SEGMENT, position + 1)
+                while at < stop:
+                    slot = at % capacity
+                    n_slots = min(block, min(stop - at, capacity - slot))
+                    attend_slots(
+                        numbers,
+                        head_dim,
+                        keys + (ring + slot) * slot_bytes,
+                        values + (ring + slot) * slot_bytes,
+                        slot_bytes,
+                        k_scales + (ring + slot) * 4,
+                        v_scales + (ring + slot) * 4,
+                        n_slots,
+                        q + token * q_bytes + head * group * row_bytes,
+                        group,
+                        own_sums,
+                        own_state,
+                    )
+                    at += n_slots
             task = take_task(job)
 
     return pool.kernel(attend)
@@ -268,19 +283,28 @@ def _combining_kernel(head_dim: int, isa: str, digest: str) -> int:
 
     def combine(job: Any) -> None:
         assert version
-        sums, state, out, group, n_parts = (
+        sums, state, most_segments, out, group = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
             job[ARGUMENTS + 3],
             job[ARGUMENTS + 4],
         )
+        places, n_heads, capacity, window = (
+            job[ARGUMENTS + 5],
+            job[ARGUMENTS + 6],
+            job[ARGUMENTS + 7],
+            job[ARGUMENTS + 8],
+        )
         task = take_task(job)
         while task < job[N_TASKS]:
-            first = task // group * n_parts * group + task % group
-            combine_parts(
+            place = places + task // n_heads * PLACE_BYTES
+            position = read(place)
+            n_segments = n_segments_of(position, first_seen(position, read(place + 16), capacity, window))
+            first = task // group * most_segments * group + task % group
+            combine_segments(
                 head_dim,
-                n_parts,
+                n_segments,
                 group,
                 sums + first * row_bytes,
                 state + first * STATE_BYTES,
@@ -291,40 +315,53 @@ def _combining_kernel(head_dim: int, isa: str, digest: str) -> int:
     return pool.kernel(combine)
 
 
+@functools.cache
 def digest() -> str:
     """Of all source that the CPU's kernels are made of."""
     return pool.digest(Path(__file__).parent, Path(pool.__file__).parent)
 
 
+@functools.lru_cache(maxsize=4)
+def places(seen: Seen) -> torch.Tensor:
+    """Position, sequence and the sequence's last position of every token, (n_seqs · n_tokens, 3) int64.
+
+    Made once for all layers of a ring.
+    """
+    positions = seen.positions
+    sequences = torch.arange(len(positions))[:, None].expand_as(positions)
+    last = positions.amax(1, keepdim=True).expand_as(positions)
+    return torch.stack((positions, sequences, last), dim=-1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Queries:
-    """What asks: an address of float32 (n_seqs · n_tokens, n_heads, head_dim), bytes from token to token, and where.
+    """What asks: an address of float32 (n_tokens, n_heads, head_dim), bytes from token to token, and where.
 
-    positions: the address of (n_seqs, n_tokens) int64.
+    places: the address of (n_tokens, 3) int64, as of `places`.
     """
 
     address: int
     token_bytes: int
-    positions: int
-    n_seqs: int
+    places: int
     n_tokens: int
     n_heads: int
 
 
 class Scratch:
-    """Room for sums and states of the parts of some queries."""
+    """Room for sums and states of the segments of some queries, of n_heads and up to n_slots slots that they see."""
 
-    def __init__(self, n_rows: int, n_parts: int, head_dim: int) -> None:
-        self.n_parts = n_parts
-        self.sums = torch.empty(n_rows * n_parts * head_dim)
-        self.state = torch.empty(n_rows * n_parts * 2)
+    def __init__(self, n_tokens: int, n_heads: int, head_dim: int, n_slots: int) -> None:
+        self.most_segments = -(-n_slots // SEGMENT)
+        n_rows = n_tokens * n_heads * self.most_segments
+        self.sums = torch.empty(n_rows * head_dim)
+        self.state = torch.empty(n_rows * 2)
 
 
 def n_parts_for(n_pairs: int, n_slots: int, n_threads: int) -> int:
     """In how many parts the slots of each pair of query and key head are attended to, so that all threads have work."""
     if n_threads == 1:
         return 1
-    return max(1, min(-(-4 * n_threads // n_pairs), -(-n_slots // PART_SLOTS)))
+    return max(1, min(-(-4 * n_threads // n_pairs), -(-n_slots // SEGMENT)))
 
 
 def attention_jobs(
@@ -333,27 +370,29 @@ def attention_jobs(
     v: torch.Tensor,
     ring: Ring,
     scratch: Scratch,
+    n_parts: int,
     out: int,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> list[Job]:
-    """One after the other, they write what `queries` get to the address `out`, (n_seqs · n_tokens, n_heads, head_dim).
+    """One after the other, they write what `queries` get to the address `out`, (n_tokens, n_heads, head_dim).
 
     k, v, scales: as `mistralcli.ops.attention` takes them, of any strides between sequences and heads.
     """
     n_kv_heads, head_dim = k.shape[1], k.shape[3]
-    group, n_parts = queries.n_heads // n_kv_heads, scratch.n_parts
-    n_tokens = queries.n_seqs * queries.n_tokens
+    group, n_tokens = queries.n_heads // n_kv_heads, queries.n_tokens
+    window = ring.sliding_window or 0
     slots = (k.stride(0) // head_dim, k.stride(1) // head_dim)
     sums, state = scratch.sums.data_ptr(), scratch.state.data_ptr()
     kernel = _attending_kernel(NUMBERS[k.dtype], head_dim, chosen().name, digest())
     attend = (
-        *(queries.address, queries.token_bytes, queries.positions, queries.n_tokens),
+        *(queries.address, queries.token_bytes, queries.places),
         *(k.data_ptr(), v.data_ptr()),
         *((0, 0) if scales is None else (scales[0].data_ptr(), scales[1].data_ptr())),
-        *(*slots, head_dim * k.itemsize, ring.capacity, ring.sliding_window or 0),
-        *(n_kv_heads, group, n_parts, sums, state),
+        *(*slots, head_dim * k.itemsize, ring.capacity, window),
+        *(n_kv_heads, group, n_parts, sums, state, scratch.most_segments),
     )
-    combine = (sums, state, out, group, n_parts)
+    of_query = (queries.places, queries.n_heads, ring.capacity, window)
+    combine = (sums, state, scratch.most_segments, out, group, *of_query)
     return [
         Job(kernel, n_tokens * n_kv_heads * n_parts, attend),
         Job(_combining_kernel(head_dim, chosen().name, digest()), n_tokens * queries.n_heads, combine),
@@ -371,15 +410,13 @@ def attention(
     """See `mistralcli.ops.attention`; `takes` must hold."""
     n_seqs, n_heads, n_tokens, head_dim = q.shape
     rows = q.transpose(1, 2).float().contiguous()  # (n_seqs, n_tokens, n_heads, head_dim)
-    positions, out = seen.positions.contiguous(), torch.empty_like(rows)
+    where, out = places(seen), torch.empty_like(rows)
     n_threads = torch.get_num_threads() if k.nbytes > WORTH_A_THREAD else 1
-    n_pairs = n_seqs * n_tokens * k.shape[1]
-    scratch = Scratch(n_seqs * n_tokens * n_heads, n_parts_for(n_pairs, seen.n_slots, n_threads), head_dim)
-    queries = Queries(
-        rows.data_ptr(), 4 * n_heads * head_dim, positions.data_ptr(), n_seqs, n_tokens, n_heads
-    )
+    n_parts = n_parts_for(n_seqs * n_tokens * k.shape[1], seen.n_slots, n_threads)
+    scratch = Scratch(n_seqs * n_tokens, n_heads, head_dim, seen.n_slots)
+    queries = Queries(rows.data_ptr(), 4 * n_heads * head_dim, where.data_ptr(), n_seqs * n_tokens, n_heads)
     scales = None if key_scales is None or value_scales is None else (key_scales, value_scales)
-    for job in attention_jobs(queries, k, v, seen.ring, scratch, out.data_ptr(), scales):
+    for job in attention_jobs(queries, k, v, seen.ring, scratch, n_parts, out.data_ptr(), scales):
         pool.run(job, n_threads)
     return out.transpose(1, 2).to(q.dtype)
 

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from mistralcli.kernels.cpu.attention import digest
-from mistralcli.kernels.cpu.floats import BYTES, NUMBERS, is_known, load, total, width_of
+from mistralcli.kernels.cpu.attention import PLACE_BYTES, digest
+from mistralcli.kernels.cpu.floats import (
+    BYTES,
+    NUMBERS,
+    accumulators,
+    is_known,
+    load,
+    total,
+    totals,
+    width_of,
+)
 from quant.kernels.cpu import pool
 from quant.kernels.cpu.inline import inlined, read
 from quant.kernels.cpu.isa import chosen
@@ -38,29 +47,59 @@ def emit_rows(
     builder: ir.IRBuilder,
     numbers: str,
     n_rows: int,
+    n_tokens: int,
     width: int,
     weight: ir.Value,
     x: ir.Value,
     y: ir.Value,
+    y_bytes: ir.Value,
     dim: ir.Value,
 ) -> None:
-    """y (n_rows,) = weight (n_rows, dim) x; x (dim,) and y are float32."""
+    """y (n_tokens, n_rows) = x weightᵀ; x (n_tokens, dim) and y are float32, y's tokens y_bytes apart.
+
+    Every number is summed alike, however many tokens there are.
+    """
     v = Vectors(builder, width)
-    row_bytes = builder.mul(dim, I64(BYTES[numbers]))
+    at_once = min(n_rows, accumulators(width) // n_tokens)
+    row_bytes, x_bytes = builder.mul(dim, I64(BYTES[numbers])), builder.mul(dim, I64(4))
+    columns = [builder.add(x, builder.mul(x_bytes, I64(token))) for token in range(n_tokens)]
+    for first in range(0, n_rows, at_once):
+        rows = [builder.add(weight, builder.mul(row_bytes, I64(first + i))) for i in range(at_once)]
+        sums = _tile_sums(v, numbers, rows, columns, dim)
+        if len(sums) == width:
+            together = totals(v, sums)
+        for token in range(n_tokens):
+            to = builder.add(y, builder.mul(y_bytes, I64(token)))
+            own = range(token * at_once, (token + 1) * at_once)
+            if len(sums) == width:
+                v.store(v.shuffle(together, own), to, 4 * first)
+            else:
+                for i in range(at_once):
+                    v.store(total(v, sums[own[i]]), to, 4 * (first + i))
+
+
+def _tile_sums(
+    v: Vectors, numbers: str, rows: Sequence[ir.Value], columns: Sequence[ir.Value], dim: ir.Value
+) -> list[ir.Value]:
+    """Vectors of partial sums of the products of every token with every row of a weight, token by token."""
+    n_rows = len(rows)
 
     def add(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        at, column, *sums = carried
-        values = v.load(v.floats, column)
-        for i in range(n_rows):
-            row = builder.add(at, builder.mul(row_bytes, I64(i)))
-            v.prefetch(row, PREFETCH_BYTES)
-            sums[i] = v.multiply_add(load(v, numbers, row), values, sums[i])
-        return [v.offset(at, width * BYTES[numbers]), v.offset(column, 4 * width), *sums]
+        weight_at, x_at, *sums = carried
+        weights = []
+        for row in rows:
+            at = v.builder.add(row, weight_at)
+            v.prefetch(at, PREFETCH_BYTES)
+            weights.append(load(v, numbers, at))
+        for token, column in enumerate(columns):
+            values = v.load(v.floats, v.builder.add(column, x_at))
+            for i, weight in enumerate(weights):
+                sums[token * n_rows + i] = v.multiply_add(weight, values, sums[token * n_rows + i])
+        return [v.offset(weight_at, v.lanes * BYTES[numbers]), v.offset(x_at, 4 * v.lanes), *sums]
 
-    zeros = [v.constant(v.floats, 0.0)] * n_rows
-    _, _, *sums = v.loop(builder.sdiv(dim, I64(width)), [weight, x, *zeros], add)
-    for i, one in enumerate(sums):
-        v.store(total(v, one), y, 4 * i)
+    zeros = [v.constant(v.floats, 0.0)] * (n_rows * len(columns))
+    _, _, *sums = v.loop(v.builder.sdiv(dim, I64(v.lanes)), [I64(0), I64(0), *zeros], add)
+    return sums
 
 
 def emit_widen(
@@ -101,15 +140,16 @@ def emit_angles(
 
 
 multiply_rows, widen_row, write_angles = (
-    inlined(emit, n_constants) for emit, n_constants in ((emit_rows, 3), (emit_widen, 2), (emit_angles, 0))
+    inlined(emit, n_constants) for emit, n_constants in ((emit_rows, 4), (emit_widen, 2), (emit_angles, 0))
 )
 """The same for numba."""
 
 
 @functools.cache
 def _product_kernel(numbers: str, width: int, version: str) -> int:
-    """A task is some rows of the weight, for all tokens."""
-    row_bytes = BYTES[numbers]
+    """A task is some rows of the weight, for all tokens: as many as fit into a tile, half as many, and so on."""
+    row_bytes, most = BYTES[numbers], accumulators(width) // 2
+    half, quarter = most // 2, most // 4
 
     def multiply(job: Any) -> None:
         assert version
@@ -127,14 +167,25 @@ def _product_kernel(numbers: str, width: int, version: str) -> int:
         while task < job[N_TASKS]:
             row, stop = task * per_task, min((task + 1) * per_task, n_rows)
             while row < stop:
-                several = row + ROWS <= stop
-                for token in range(n_tokens):
-                    w, columns = weight + row * dim * row_bytes, x + token * dim * 4
-                    out = y + token * y_bytes + row * 4
-                    if several:
-                        multiply_rows(numbers, ROWS, width, w, columns, out, dim)
+                several, token = row + ROWS <= stop, 0
+                w = weight + row * dim * row_bytes
+                while token < n_tokens:
+                    columns, out, left = x + token * dim * 4, y + token * y_bytes + row * 4, n_tokens - token
+                    if not several:
+                        multiply_rows(numbers, 1, 1, width, w, columns, out, y_bytes, dim)
+                        token += 1
+                    elif left >= most:
+                        multiply_rows(numbers, ROWS, most, width, w, columns, out, y_bytes, dim)
+                        token += most
+                    elif left >= half:
+                        multiply_rows(numbers, ROWS, half, width, w, columns, out, y_bytes, dim)
+                        token += half
+                    elif left >= quarter:
+                        multiply_rows(numbers, ROWS, quarter, width, w, columns, out, y_bytes, dim)
+                        token += quarter
                     else:
-                        multiply_rows(numbers, 1, width, w, columns, out, dim)
+                        multiply_rows(numbers, ROWS, 1, width, w, columns, out, y_bytes, dim)
+                        token += 1
                 row += ROWS if several else 1
             task = take_task(job)
 
@@ -143,12 +194,12 @@ def _product_kernel(numbers: str, width: int, version: str) -> int:
 
 @functools.cache
 def _embedding_kernel(numbers: str, width: int, version: str) -> int:
-    """A task is a sequence."""
+    """A task is a token."""
     element = BYTES[numbers]
 
     def embed(job: Any) -> None:
         assert version
-        token_ids, positions, table, dim, h = (
+        token_ids, places, table, dim, h = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
@@ -161,13 +212,13 @@ def _embedding_kernel(numbers: str, width: int, version: str) -> int:
             job[ARGUMENTS + 7],
             job[ARGUMENTS + 8],
         )
-        seq = take_task(job)
-        while seq < job[N_TASKS]:
-            row = table + read(token_ids + 8 * seq) * dim * element
-            widen_row(numbers, width, row, h + seq * dim * 4, dim)
-            angles = seq * half * 4
-            write_angles(read(positions + 8 * seq), frequencies, half, cos + angles, sin + angles)
-            seq = take_task(job)
+        token = take_task(job)
+        while token < job[N_TASKS]:
+            row = table + read(token_ids + 8 * token) * dim * element
+            widen_row(numbers, width, row, h + token * dim * 4, dim)
+            position, angles = read(places + token * PLACE_BYTES), token * half * 4
+            write_angles(position, frequencies, half, cos + angles, sin + angles)
+            token = take_task(job)
 
     return pool.kernel(embed)
 
@@ -181,23 +232,25 @@ def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int)
 
 
 def embedding_job(
+    n_tokens: int,
     token_ids: torch.Tensor,
-    positions: torch.Tensor,
+    places: torch.Tensor,
     table: torch.Tensor,
     frequencies: torch.Tensor,
     h: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> Job:
-    """The rows of the table to h (n_seqs, dim), and cos and sin (n_seqs, head_dim / 2) of the positions.
+    """The rows of the table to h (n_tokens, dim), and cos and sin (n_tokens, head_dim / 2) of the positions.
 
-    token_ids, positions: (n_seqs,) int64; frequencies (head_dim / 2,) float64; the rest float32.
+    token_ids: (n_tokens,) int64; places: (n_tokens, 3) int64, as of `attention.places`; frequencies (head_dim / 2,)
+    float64; the rest float32. All may be longer.
     """
     dim, half = table.shape[1], len(frequencies)
     kernel = _embedding_kernel(NUMBERS[table.dtype], width_of(dim), f"{chosen().name} {digest()}")
-    addresses = [one.data_ptr() for one in (token_ids, positions, table, h, frequencies, cos, sin)]
-    ids, places, rows, out, angles, c, s = addresses
-    return Job(kernel, len(token_ids), (ids, places, rows, dim, out, angles, half, c, s))
+    addresses = [one.data_ptr() for one in (token_ids, places, table, h, frequencies, cos, sin)]
+    ids, where, rows, out, angles, c, s = addresses
+    return Job(kernel, n_tokens, (ids, where, rows, dim, out, angles, half, c, s))
 
 
 def tied_logits(hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

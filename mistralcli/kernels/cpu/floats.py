@@ -35,6 +35,11 @@ def width_of(length: int) -> int:
     return math.gcd(length, chosen().lanes)
 
 
+def accumulators(width: int) -> int:
+    """How many vectors of sums a tile keeps in registers: half of what AVX-512 and AVX2 have."""
+    return max(8, width)
+
+
 def load(v: Vectors, numbers: str, address: ir.Value, offset: int = 0) -> ir.Value:
     """`v.lanes` numbers from an address and so many bytes on, as float32."""
     if numbers == "f32":

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from mistralcli.cache import Seen
 from mistralcli.cache import write_ring as reference_write_ring
-from mistralcli.kernels.cpu.attention import digest
+from mistralcli.kernels.cpu.attention import PLACE_BYTES, digest, places
 from mistralcli.kernels.cpu.floats import BYTES, NUMBERS, exp, is_known, largest, store, total, width_of
 from quant.kernels.cpu import pool
 from quant.kernels.cpu.inline import inlined, read
@@ -219,26 +219,22 @@ def _writing_kernel(numbers: str, head_dim: int, version: str) -> int:
 
     def write(job: Any) -> None:
         assert version
-        x, x_bytes, positions, n_tokens = (
-            job[ARGUMENTS],
-            job[ARGUMENTS + 1],
-            job[ARGUMENTS + 2],
-            job[ARGUMENTS + 3],
-        )
+        x, x_bytes, places = job[ARGUMENTS], job[ARGUMENTS + 1], job[ARGUMENTS + 2]
         buffer, scales, seq_slots, head_slots, slot_bytes = (
+            job[ARGUMENTS + 3],
             job[ARGUMENTS + 4],
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
             job[ARGUMENTS + 7],
-            job[ARGUMENTS + 8],
         )
-        capacity, n_kv_heads = job[ARGUMENTS + 9], job[ARGUMENTS + 10]
+        capacity, n_kv_heads = job[ARGUMENTS + 8], job[ARGUMENTS + 9]
         task = take_task(job)
         while task < job[N_TASKS]:
             token, head = task // n_kv_heads, task % n_kv_heads
-            position = read(positions + 8 * token)
+            place = places + token * PLACE_BYTES
+            position = read(place)
             if position >= 0:
-                slot = token // n_tokens * seq_slots + head * head_slots + position % capacity
+                slot = read(place + 8) * seq_slots + head * head_slots + position % capacity
                 row = x + token * x_bytes + head * head_dim * 4
                 keep_head(numbers, head_dim, row, buffer + slot * slot_bytes, scales + slot * 4)
             task = take_task(job)
@@ -285,21 +281,24 @@ def rotary_job(
 
 def writing_job(
     x: tuple[int, int],
-    positions: int,
+    places: int,
     n_tokens: int,
     buffer: torch.Tensor,
     scales: torch.Tensor | None,
     capacity: int,
 ) -> Job:
-    """Write heads to the ring, of n_tokens tokens of each sequence; buffer and scales as `write_ring` takes them."""
-    n_seqs, n_kv_heads, _, head_dim = buffer.shape
+    """Write heads of n_tokens tokens to the ring; buffer and scales as `write_ring` takes them.
+
+    places: the address of (n_tokens, 3) int64, as of `attention.places`.
+    """
+    _, n_kv_heads, _, head_dim = buffer.shape
     arguments = (
-        *(*x, positions, n_tokens, buffer.data_ptr(), 0 if scales is None else scales.data_ptr()),
+        *(*x, places, buffer.data_ptr(), 0 if scales is None else scales.data_ptr()),
         *(buffer.stride(0) // head_dim, buffer.stride(1) // head_dim, head_dim * buffer.itemsize),
         *(capacity, n_kv_heads),
     )
     kernel = _compiled("write", NUMBERS[buffer.dtype], head_dim)
-    return Job(kernel, n_seqs * n_tokens * n_kv_heads, arguments)
+    return Job(kernel, n_tokens * n_kv_heads, arguments)
 
 
 def _run(job: Job, n_bytes: int) -> None:
@@ -344,8 +343,8 @@ def write_ring(
     """See `mistralcli.cache.write_ring`."""
     if not is_known(buffer.dtype):
         return reference_write_ring.reference(buffer, x, seen, scales)
-    rows, positions = x.float().contiguous(), seen.positions.contiguous()
+    rows, where = x.float().contiguous(), places(seen)
     place = (rows.data_ptr(), 4 * rows.shape[2] * rows.shape[3])
-    job = writing_job(place, positions.data_ptr(), rows.shape[1], buffer, scales, seen.ring.capacity)
+    job = writing_job(place, where.data_ptr(), len(where), buffer, scales, seen.ring.capacity)
     _run(job, rows.nbytes)
     return buffer

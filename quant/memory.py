@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from quant.errors import NotEnoughMemoryError
+from quant.methods.gptq import TILE_COPIES, TILE_WEIGHTS
 from quant.plan import PlannedTensor, units_by_layer
 from quant.schemes.affine import Affine
 from quant.tiles import MAX_THREADS
@@ -57,19 +58,23 @@ def peak_with_data(
 ) -> Peak:
     """A method that takes one layer at a time, calibrated with `n_seqs` of `n_tokens`.
 
-    2 · layer + 2 · tensor + n_seqs · n_tokens · dim · 4 + batch · (the layer's inputs and outputs) · 4 bytes; and
-    k · in² · 4
-    for the second moment of the widest inputs: k is 3 for gptq, which copies and factors it, else 1.
+    2 · layer + 2 · tensor + c · n_seqs · n_tokens · dim · 4 + c · batch · (the layer's inputs and outputs) · 4 bytes,
+    where c is 2 for gptq, which compares with the exact model, else 1; and k · in² · 4 for the second moment of the
+    widest inputs, where k is 4 for gptq, which copies and factors it beside one more moment, else 1; and for gptq 8
+    times the largest weight · 4, or a tile of it, while codes are chosen.
     """
     in_layers = [unit.tensors for unit in units_by_layer(planned) if unit.index is not None]
     layer = max(sum(tensor.n_weights for tensor in tensors) for tensors in in_layers) * _WORK_BYTES
     largest = sorted(tensor.spec.nbytes for tensor in planned)[-2:]
     widths = max(sum(sum(t.spec.shape) for t in tensors if t.scheme is not None) for tensors in in_layers)
-    hidden = hidden_bytes(planned, n_seqs * n_tokens)
-    activations = max(BATCH_TOKENS, n_tokens) * widths * _WORK_BYTES
-    widest = max(tensor.spec.shape[-1] for tensors in in_layers for tensor in tensors if tensor.scheme)
-    gathered = (3 if method.endswith("gptq") else 1) * widest**2 * _WORK_BYTES
-    return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, hidden + activations + gathered)
+    states = hidden_bytes(planned, n_seqs * n_tokens) + max(BATCH_TOKENS, n_tokens) * widths * _WORK_BYTES
+    quantized = [tensor for tensors in in_layers for tensor in tensors if tensor.scheme is not None]
+    square = max(tensor.spec.shape[-1] for tensor in quantized) ** 2 * _WORK_BYTES
+    if not method.endswith("gptq"):
+        return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, states + square)
+    tile = min(TILE_WEIGHTS, max(tensor.n_weights for tensor in quantized)) * _WORK_BYTES
+    calibration = 2 * states + 4 * square + TILE_COPIES * tile
+    return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, calibration)
 
 
 def hidden_bytes(planned: Sequence[PlannedTensor], n_tokens: int) -> int:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Observe = Callable[[str, torch.Tensor], None]
 """Called with the full name of a linear's weight and a batch of its inputs (n_tokens, in_features)."""
 
+Compare = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None]
+"""Called with a batch of what modules are given, by the full names of their weights (n_tokens, in_features): in the
+model as it is stored so far, and in the exact one."""
+
 
 class Rounding(Protocol):
     """Chooses the codes of a weight's rows. Each row's codes depend on that row alone."""
@@ -62,6 +66,27 @@ class Calibration(Protocol):
 
         What the linears of `names` are given is observed, batch by batch; what follows the last of them in the
         layer is not computed.
+        """
+        ...
+
+    def compare(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        exact: Mapping[str, torch.Tensor],
+        names: Collection[str],
+        observe: Compare,
+    ) -> None:
+        """As `run`, beside the layer with its weights `exact` on the hidden states that exact layers have made.
+
+        names: of linears, and of norms, which are given the residual stream.
+        """
+        ...
+
+    def advance_exact(self, index: int, exact: Mapping[str, torch.Tensor]) -> None:
+        """Let the exact hidden states be the output of layer `index` with its weights `exact`, before `advance`.
+
+        A method that compares does it in every layer.
         """
         ...
 

@@ -1,5 +1,6 @@
 """The hidden states that methods with data look at are those of the model, and survive being saved."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,42 @@ def test_observing_moves_nothing_on_and_advancing_gives_the_layers_output(direct
     assert torch.allclose(calibration._hidden, output, rtol=1e-5, atol=1e-5)
 
 
+def test_comparing_shows_the_inputs_of_both_models_each_after_its_own_layers(directory: Path) -> None:
+    calibration, alone = calibration_of(directory), calibration_of(directory)
+    exact = weights_of(directory)
+    rough = {name: weight * 0.9 if weight.dim() == 2 else weight for name, weight in exact.items()}
+    names = (NAMES[6], f"{LAYER}post_attention_layernorm.weight")
+    for _ in range(2):  # the second time as if the layer came once more
+        ours, theirs = compared(calibration, rough, exact, names)
+        for name in names:
+            assert torch.equal(theirs[name], inputs_of(alone, exact, name))
+            assert not torch.equal(ours[name], theirs[name])
+        calibration.advance_exact(0, exact)
+        calibration.advance(0, rough)
+        alone.advance(0, exact)
+    assert calibration._exact is not None and torch.equal(calibration._exact, alone._hidden)
+
+
+def compared(
+    calibration: LayerwiseCalibration,
+    weights: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    names: tuple[str, ...],
+) -> list[dict[str, torch.Tensor]]:
+    """What modules are given in both models, of all batches one after the other."""
+    pairs: list[tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]] = []
+    calibration.compare(0, weights, exact, set(names), lambda one, other: pairs.append((one, other)))
+    return [
+        {name: torch.cat([seen[name] for seen in one]) for name in names} for one in zip(*pairs, strict=True)
+    ]
+
+
+def inputs_of(calibration: LayerwiseCalibration, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    parts: list[torch.Tensor] = []
+    calibration.run(0, weights, {name}, lambda name, x: parts.append(x))
+    return torch.cat(parts)
+
+
 def test_a_batch_of_any_size_gives_the_same(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = inputs(calibration_of(directory), directory, {NAMES[6]})[NAMES[6]]
     for n_tokens in (1, 2 * 31, 3 * 31 + 5):
@@ -90,6 +127,15 @@ def test_a_batch_of_any_size_gives_the_same(directory: Path, monkeypatch: pytest
 def test_hidden_states_survive_being_saved_bit_for_bit(directory: Path, tmp_path: Path) -> None:
     calibration, other = calibration_of(directory), calibration_of(directory)
     calibration.advance(0, weights_of(directory))
+    assert_restored(other, calibration, tmp_path)
+    assert other._exact is None
+    calibration.advance_exact(0, weights_of(directory))
+    assert_restored(other, calibration, tmp_path)
+    assert torch.equal(other._exact, calibration._exact)
+
+
+def assert_restored(other: LayerwiseCalibration, calibration: LayerwiseCalibration, tmp_path: Path) -> None:
+    """`other` with the state of `calibration`."""
     calibration.save(tmp_path / "state")
     other.restore(tmp_path / "state")
     assert torch.equal(other._hidden, calibration._hidden)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quant.codes import Codes
+from quant.codes import Codes, joined
 from quant.method import Calibration, PreparedLayer, Rounding
 from quant.methods.folding import folded
 from quant.methods.gptq import Gptq
@@ -91,12 +91,7 @@ def clipped_codes(
     def choose(tile: slice) -> Codes:
         groups = weight[tile].to(moment.device, torch.float32).view(-1, len(blocks), group_size)
         scales, zeros = search_grid(groups, measure, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
-        return codes_of(groups, scales, zeros, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+        codes = codes_of(groups, scales, zeros, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+        return codes.cpu()
 
-    tiles = map_tiles(choose, rows, max(1, TILE_WEIGHTS // in_features))
-    zeros = [tile.zeros for tile in tiles if tile.zeros is not None]
-    return Codes(
-        torch.cat([tile.codes for tile in tiles]).cpu(),
-        torch.cat([tile.scales for tile in tiles]).cpu(),
-        torch.cat(zeros).cpu() if zeros else None,
-    )
+    return joined(map_tiles(choose, rows, max(1, TILE_WEIGHTS // in_features)))

@@ -7,6 +7,12 @@ this is GPTQ). It takes one factor of H, and no inverse.
 
 The columns are in the order of their `H_jj`, so that the largest are rounded first, while nothing has to be made up
 for. Scales and zero points belong to the groups of columns as they are stored, and are chosen before ("static groups").
+Then both are improved in turn (`quant.methods.descent`).
+
+What a row is to give is `w x`, but its inputs are x̂, which the rounded linears before it have made. The weight that
+comes closest on these, `w + E[(w x − w x̂) x̂ᵀ] H⁻¹` with `H = E[x̂ x̂ᵀ]`, is what is rounded, so that each linear makes up
+for the errors of all before it. Where its output is added to the residual stream h, it makes up for `h − ĥ` too. The
+regression is damped more than the rounding, or what it learns does not hold for other texts.
 """
 
 from collections.abc import Mapping
@@ -15,9 +21,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quant.codes import Codes
+from quant.codes import Codes, joined
 from quant.method import Calibration, PreparedLayer, Rounding
-from quant.methods.inputs import INPUTS, Chosen, affine, named, second_moment
+from quant.methods.descent import descended
+from quant.methods.inputs import INPUTS, Chosen, Inputs, affine, compared_inputs, named
 from quant.methods.rtn import magnitude, nearest, search_grid
 from quant.schemes.affine import Affine
 
@@ -26,6 +33,19 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 """Columns between two products with all errors before them."""
+
+RIDGE = 0.5
+"""Of the mean of H's diagonal, added to it where a weight is to make up for errors.
+
+With SmolLM2's first 8 layers rounded, the KL on articles that it was not calibrated on is 0.0219 where nothing is made
+up for, and with a ridge of 0.01, 0.1 and 0.5 it is 0.0203, 0.0162 and 0.0157.
+"""
+
+TILE_WEIGHTS = 1 << 24
+"""Weights whose codes are chosen at once: 64 MB of float32."""
+
+TILE_COPIES = 8
+"""Of a tile's size that are in memory meanwhile: its target, scales, zero points, errors, codes in two orders."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class Gptq:
         scale_dtype: torch.dtype,
         calibration: Calibration | None,
     ) -> PreparedLayer:
-        """Each linear is given inputs that the quantized ones before it in the layer have made."""
+        """Each linear is given inputs that the quantized ones before it have made, in this layer and all before."""
         assert calibration is not None
         so_far = dict(weights)
         roundings: dict[str, Rounding] = {}
@@ -52,40 +72,75 @@ class Gptq:
             names = named(kinds, schemes)
             if not names:
                 continue
-            factor = Factor.of(second_moment(calibration, index, so_far, names[0]), self.damping)
+            inputs = compared_inputs(calibration, index, so_far, weights, names[0])
+            targets = {name: target(weights[name], inputs) for name in names}
+            factor = Factor.of(inputs.moment, self.damping)
+            del inputs
             for name in names:
-                codes = gptq_codes(weights[name].float(), factor, affine(schemes[name]), scale_dtype)
+                codes = improved_codes(targets.pop(name), factor, affine(schemes[name]), scale_dtype)
                 so_far[name] = codes.dequantized()
                 roundings[name] = Chosen(codes)
+        calibration.advance_exact(index, weights)
         return PreparedLayer(weights, roundings)
+
+
+def target(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """The weight (rows, in_features) float32 whose outputs on the inputs that there are come closest to the exact ones.
+
+    A ridge regression, with two matrices of the inputs' width in memory beside `inputs`. On n tokens, in_features / n
+    of what it finds is chance: that much is taken off.
+    """
+    weight = weight.to(inputs.moment.device, torch.float32)
+    missing = weight @ inputs.deviation
+    if inputs.drift is not None:
+        missing += inputs.drift
+    damped = inputs.moment.clone()
+    damped.diagonal().add_(RIDGE * (float(damped.diagonal().mean()) or 1.0))
+    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped)).T
+    return weight + max(0.0, 1 - len(damped) / inputs.n_tokens) * change
 
 
 @dataclass(frozen=True)
 class Factor:
-    """order: the columns from the smallest to the largest `H_jj`. lower: L of H in that order. diagonal: H's, (n,)."""
+    """order: the columns from the smallest to the largest `H_jj`. lower: L of H in that order.
+
+    moment: H itself, damped, in the columns' own order. diagonal: H's before that, (n,).
+    """
 
     order: torch.Tensor
     lower: torch.Tensor
+    moment: torch.Tensor
     diagonal: torch.Tensor
 
     @staticmethod
     def of(moment: torch.Tensor, damping: float) -> "Factor":
-        """Of `moment` with `damping` of its diagonal's mean added to that; more, where it has no factor with that.
+        """Of `moment`, to which `damping` of its diagonal's mean is added; more, where it has no factor with that.
 
         A column that is never used gets that mean there, or a 1. At most two matrices of its size are in memory
-        beside `moment`.
+        beside `moment`, which is kept and changed.
         """
         diagonal = moment.diagonal().clone()
         order = diagonal.argsort(stable=True)
         mean = float(diagonal.mean()) or 1.0
-        ordered = moment[order[:, None], order]
         while True:
-            damped = torch.where(diagonal == 0, mean, diagonal + damping * mean)[order]
-            ordered.diagonal().copy_(damped)
-            lower, failed = torch.linalg.cholesky_ex(ordered)
+            moment.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal + damping * mean))
+            lower, failed = torch.linalg.cholesky_ex(moment[order[:, None], order])
             if not failed:
-                return Factor(order, lower.div_(lower.diagonal().clone()), diagonal)
+                return Factor(order, lower.div_(lower.diagonal().clone()), moment, diagonal)
             damping = max(10 * damping, 1e-4)
+
+
+def improved_codes(weight: torch.Tensor, factor: Factor, scheme: Affine, scale_dtype: torch.dtype) -> Codes:
+    """The codes of a weight (rows, in_features) float32, on the CPU, with coordinate descent after GPTQ.
+
+    Whole rows that share a scale, at 8 bits mostly, are left as GPTQ has them.
+    """
+
+    def choose(rows: torch.Tensor) -> Codes:
+        codes = gptq_codes(rows, factor, scheme, scale_dtype)
+        return codes if scheme.group_size is None else descended(rows, codes, factor.moment, scheme.bits)
+
+    return joined([choose(rows) for rows in weight.split(max(1, TILE_WEIGHTS // weight.shape[1]))])
 
 
 def gptq_codes(weight: torch.Tensor, factor: Factor, scheme: Affine, scale_dtype: torch.dtype) -> Codes:

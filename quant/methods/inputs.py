@@ -1,4 +1,4 @@
-"""What methods with data share: which linears of a layer see the same input, and how large it is."""
+"""What methods with data share: which linears of a layer see the same input, and how large it is, and how far off."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The linears of a layer by what they are given, in the order in which a layer computes them."""
 
+STREAMS = {"o_proj": ("input_layernorm",), "down_proj": ("post_attention_layernorm",)}
+"""The linears whose output is added to the residual stream, and the norms that are given it before."""
+
 
 def kind(name: str) -> str:
     """`down_proj` of `model.layers.3.mlp.down_proj.weight`."""
@@ -34,32 +37,87 @@ def second_moment(
 ) -> torch.Tensor:
     """The mean of `x xᵀ` over all tokens, x the inputs of a linear: (in_features, in_features) float32.
 
-    Half of the Hessian of the linear's mean squared output error, on the device that the layer runs on. Nothing
-    else of its size is in memory while it is summed up.
+    Half of the Hessian of the linear's mean squared output error, on the device that the layer runs on.
 
     Raises:
         IntegrityError: an input is not finite.
     """
-    in_features = weights[name].shape[1]
-    moment: torch.Tensor | None = None
-    n_tokens = 0
+    moment = Mean()
+    calibration.run(index, weights, {name}, lambda name, x: moment.add(x, x))
+    return _finite(moment.value(), name)
 
-    def observe(name: str, x: torch.Tensor) -> None:
-        nonlocal moment, n_tokens
-        x = x.float()
-        if moment is None:
-            moment = x.new_zeros(in_features, in_features)
-        moment.addmm_(x.T, x)
-        n_tokens += len(x)
 
-    calibration.run(index, weights, {name}, observe)
-    assert moment is not None, "no token was seen"
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs x̂ of a linear, in a model whose linears before it are rounded, beside x in the exact one.
+
+    moment: E[x̂ x̂ᵀ]. deviation: E[(x − x̂) x̂ᵀ]. drift: E[(h − ĥ) x̂ᵀ], h the residual stream (dim) that the linear's
+    output is added to; None where it is added to none. n_tokens: over how many the means are.
+    """
+
+    moment: torch.Tensor
+    deviation: torch.Tensor
+    drift: torch.Tensor | None
+    n_tokens: int
+
+
+def compared_inputs(
+    calibration: Calibration,
+    index: int,
+    weights: Mapping[str, torch.Tensor],
+    exact: Mapping[str, torch.Tensor],
+    name: str,
+) -> Inputs:
+    """What a linear is given in layer `index` with `weights`, after layers as they are stored, and with `exact`.
+
+    On the device that the layer runs on; two matrices of the inputs' width are in memory.
+
+    Raises:
+        IntegrityError: an input is not finite.
+    """
+    moment, deviation, drift = Mean(), Mean(), Mean()
+    stream = next(iter(named(STREAMS.get(kind(name), ()), weights)), None)
+
+    def observe(seen: Mapping[str, torch.Tensor], exact_seen: Mapping[str, torch.Tensor]) -> None:
+        x = seen[name].float()
+        moment.add(x, x)
+        deviation.add(exact_seen[name] - x, x)
+        if stream is not None:
+            drift.add(exact_seen[stream] - seen[stream], x)
+
+    calibration.compare(index, weights, exact, {name} if stream is None else {name, stream}, observe)
+    added_to = None if stream is None else drift.value()
+    return Inputs(_finite(moment.value(), name), deviation.value(), added_to, moment.n_tokens)
+
+
+class Mean:
+    """The mean of `y xᵀ` over the tokens added: (len(y), len(x)) float32. Nothing else of its size is in memory."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._sum: torch.Tensor | None = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """y, x: (n_tokens, …)."""
+        y, x = y.float(), x.float()
+        if self._sum is None:
+            self._sum = x.new_zeros(y.shape[1], x.shape[1])
+        self._sum.addmm_(y.T, x)
+        self.n_tokens += len(x)
+
+    def value(self) -> torch.Tensor:
+        """Once all are added."""
+        assert self._sum is not None, "no token was seen"
+        return self._sum.div_(self.n_tokens)
+
+
+def _finite(moment: torch.Tensor, name: str) -> torch.Tensor:
     if not moment.diagonal().isfinite().all():  # no other value is larger than the largest of these
         raise IntegrityError(
             f"the inputs of {name} are not finite on the calibration text",
             "the model is damaged: pull it again, or calibrate in float32",
         )
-    return moment.div_(n_tokens)
+    return moment
 
 
 def affine(scheme: "Scheme") -> Affine:

@@ -31,7 +31,15 @@ FORMS = (
 TOPICS = (
     *("the sea", "a mountain village", "how bread is made", "why the sky is blue", "the history of printing"),
     *("a robot who dreams", "photosynthesis", "a lost dog", "how computers add numbers", "gravity", "rain"),
-    *("a letter to a friend", "jazz", "a fox and a crow", "prime numbers", "old maps", "the moon", "bicycles"),
+    *(
+        "a letter to a friend",
+        "jazz",
+        "a fox and a crow",
+        "prime numbers",
+        "old maps",
+        "the moon",
+        "bicycles",
+    ),
     *("a lighthouse", "tea", "clocks", "the desert", "snow", "a small theatre"),
 )
 
@@ -45,7 +53,19 @@ def run_batch(
     model: str, prompts: Path, output: Path, jobs: int, tokens: int, threads: int | None
 ) -> tuple[float, float]:
     """Seconds from start to end, and of all processors together."""
-    command = [sys.executable, "-m", "mistralcli", "run", "-q", "-m", model, "--batch", str(prompts), "-n", str(tokens)]
+    command = [
+        sys.executable,
+        "-m",
+        "mistralcli",
+        "run",
+        "-q",
+        "-m",
+        model,
+        "--batch",
+        str(prompts),
+        "-n",
+        str(tokens),
+    ]
     command += ["-o", str(output), "-j", str(jobs)] + ([] if threads is None else ["--threads", str(threads)])
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, check=True)

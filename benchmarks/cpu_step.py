@@ -117,13 +117,17 @@ def measure(
     for kernel, program in decoder._step.by_kernel().items():
         run, enter = (partial(program.run, n_threads, n_rows) for n_rows in (n_seqs, 0))
         taken[names[kernel]] += clock.seconds(run) - clock.seconds(enter)
-    samplers = [Sampler(SamplingParams(seed=i)) for i in range(n_seqs)]  # at the temperature that is the default
+    samplers = [
+        Sampler(SamplingParams(seed=i)) for i in range(n_seqs)
+    ]  # at the temperature that is the default
     rows = list(logits)
     taken["choosing tokens"] = clock.seconds(
         lambda: [choose(row, []) for choose, row in zip(samplers, rows, strict=True)]
     )
     total = sum(taken.values())
-    print(f"\n{directory.name}: {n_seqs} sequences of {n_positions} positions; whole step {whole * 1e3:.2f} ms")
+    print(
+        f"\n{directory.name}: {n_seqs} sequences of {n_positions} positions; whole step {whole * 1e3:.2f} ms"
+    )
     for name, one in sorted(taken.items(), key=lambda pair: -pair[1]):
         print(f"  {name:20} {one * 1e3:8.3f} ms {one / total:6.1%}", flush=True)
 

@@ -173,7 +173,9 @@ def matvec_candidates(task: Task, bits: int, n_rows: int) -> Iterator[Blocking]:
                     and fits
                 ):
                     for ahead in (1, 2, 4):
-                        if ahead == 1 or (ahead <= n_words // words and per_thread * n_rows * (ahead + 1) <= 80):
+                        if ahead == 1 or (
+                            ahead <= n_words // words and per_thread * n_rows * (ahead + 1) <= 80
+                        ):
                             yield Blocking(outputs, words, warps, ahead)
 
 

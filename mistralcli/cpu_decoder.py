@@ -44,7 +44,11 @@ forward pass multiplies tiles of queries but enters some 16 parallel regions a l
 def can_decode(model: Transformer, cache: KVCache) -> bool:
     """Whether `CpuDecoder` takes a model: dense layers, or int4 and int8 that were prepared for the CPU's kernels."""
     linears = [module for module in model.modules() if hasattr(module, "in_features")]
-    types = {cache.dtype, model.tok_embeddings.weight.dtype, *(one.weight.dtype for one in _dense_layers(model))}
+    types = {
+        cache.dtype,
+        model.tok_embeddings.weight.dtype,
+        *(one.weight.dtype for one in _dense_layers(model)),
+    }
     prepared = all(map(_is_prepared, linears))
     return prepared and all(map(is_known, types)) and len(cache.last) <= MOST_SEQUENCES
 
@@ -173,7 +177,8 @@ class CpuDecoder:
         made_for = self._circumstances()
         n_slots, heads = self._cache.max_seq_len, (config.n_heads, config.head_dim)
         next_ones = Attending(
-            Scratch(n_seqs, *heads, n_slots), n_parts_for(n_seqs * config.n_kv_heads, n_slots, self._n_threads)
+            Scratch(n_seqs, *heads, n_slots),
+            n_parts_for(n_seqs * config.n_kv_heads, n_slots, self._n_threads),
         )
         chunk = Attending(Scratch(self._most_rows, *heads, SHORT), n_parts=1)
         self._step = Program(*(self._all_layers(n, next_ones) + self._logits_of(n, self._x) for n in (0, 1)))

@@ -203,7 +203,9 @@ class Engine:
         start, logits = len(self.token_ids), None
         if self.decoder is not None and len(token_ids) == 1:
             logits = self.decoder.feed(token_ids)[0]
-        elif self._cpu_decoder is not None and self._cpu_decoder.takes(len(token_ids), start + len(token_ids)):
+        elif self._cpu_decoder is not None and self._cpu_decoder.takes(
+            len(token_ids), start + len(token_ids)
+        ):
             logits = self._cpu_decoder.append({0: token_ids})[0]
         if logits is not None:
             self.token_ids.extend(token_ids)

@@ -123,9 +123,7 @@ def read_shard(fetching: Fetching, file: RemoteFile) -> Shard:
     """
 
     def start_of(n_bytes: int) -> bytes:
-        return patiently(
-            lambda: read_start(fetching, file, n_bytes), fetching.patience, fetching.on_note
-        )
+        return patiently(lambda: read_start(fetching, file, n_bytes), fetching.patience, fetching.on_note)
 
     start = start_of(min(_FIRST_BYTES, file.size_bytes))
     data_start = _LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little")

@@ -293,7 +293,9 @@ def quantized_engine(directory: Path, n_seqs: int, bits: int, **changes: Any) ->
     """Of a random model whose linears have so many bits and whose head has 8: whole prompts go through the program."""
     random_checkpoint(directory / "dense", hidden_size=64, intermediate_size=96, **changes)
     dense = open_checkpoint(directory / "dense")
-    quantize_checkpoint(dense, directory / "dense", directory / "build", Affine(bits, 32), head_scheme=Affine(8))
+    quantize_checkpoint(
+        dense, directory / "dense", directory / "build", Affine(bits, 32), head_scheme=Affine(8)
+    )
     model = load(directory / "build")
     load_kernels(model)
     return Engine(model, n_seqs=n_seqs, max_seq_len=600, chunk=16, slack=24, cache_dtype=torch.float32)

@@ -8,7 +8,7 @@ h² by blocks of 32 columns; the next product is divided at its end.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal  # noqa: F401  Any is in a comment, for Triton takes no annotation
 
 import torch
 import triton
@@ -294,7 +294,7 @@ def matvec_kernel(
     quad = tl.arange(0, QUADS)[None, None, :]
     n_quads = n_words // 4
 
-    under_way = ()  # type: tuple[object, ...]
+    under_way = ()  # type: tuple[Any, ...]
     for t in tl.static_range(AHEAD):
         tile = _weight_tile(weight, scales, zeros, weight_row, in_out, t, n_words, n_groups, quads_per_group,
                             BITS, ASYMMETRIC, PER_CHANNEL, BLOCK_WORDS, EVEN)  # fmt: skip

@@ -43,7 +43,11 @@ class Program:
         self._of_none = _table(of_none)
         self._of_each = _table(of_one) - self._of_none
         self._rows = np.empty_like(self._of_none)
-        self._walk = (_walking_kernel(pool.digest(Path(__file__).parent)), self._rows.ctypes.data, len(self._rows))
+        self._walk = (
+            _walking_kernel(pool.digest(Path(__file__).parent)),
+            self._rows.ctypes.data,
+            len(self._rows),
+        )
 
     def run(self, n_threads: int, n_rows: int = 1) -> None:
         """Run all steps for `n_rows` rows on `n_threads` threads, this one among them."""

@@ -122,6 +122,11 @@ class Checkpoint:
             return self._dense[name].made_of(map(self._load_stored, self._dense[name].parts))
         return self._load_stored(name)
 
+    def position(self, name: str) -> tuple[Path, int]:
+        """The file and the byte where a tensor begins, or the first of those that it is made of."""
+        place = self._place(self._dense[name].parts[0] if name in self._dense else name)
+        return place.path, place.start
+
     def load_to(self, device: torch.device, names: Sequence[str]) -> Generator[torch.Tensor, None, None]:
         """Several tensors on a GPU, in that order, read ahead of being asked for."""
         parts = [self._dense[name].parts if name in self._dense else (name,) for name in names]

@@ -3,6 +3,9 @@
 Copying from a memory map stops at every page that is not mapped yet, and the driver copies once more, from pageable
 into pinned memory. Here threads read pieces of the files into pinned buffers, in the order in which the tensors are
 asked for, and each piece is on its way to the device as soon as it is there. Beside the tensors that takes the buffers.
+
+A piece is a buffer full, whatever tensors it is of: a model has more small ones than pieces, and what a piece costs
+beside its bytes, two threads' taking turns, would be most of the time.
 """
 
 import json
@@ -12,8 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import cycle, islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ N_BUFFERS = 16
 """As many threads read: from the page cache one gives a quarter to an eighth of what a PCIe 5 bus takes."""
 BUFFER_BYTES = 8 << 20
 """Large enough that a copy's start-up is nothing beside it, and small, so that the first is soon full."""
+_GAP_BYTES = 4096
+"""So many bytes that nobody asked for are read with those around them."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,27 @@ class TensorPlace:
     start: int
     spec: TensorSpec
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.spec.nbytes
+
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes `start` … `stop` of a tensor, as many as fit a buffer."""
+    """Bytes `start` … `stop` of a file."""
 
-    place: TensorPlace
+    path: Path
     start: int
     stop: int
+
+
+class _UnreadError(Exception):
+    """Byte `at` of a file cannot be read; the cause says why."""
+
+    def __init__(self, path: Path, at: int) -> None:
+        super().__init__(path, at)
+        self.path = path
+        self.at = at
 
 
 class _Buffer:
@@ -61,19 +78,22 @@ class _Buffer:
         """Read a piece, by a thread: neither the wait nor the reading holds Python's lock."""
         self.wait()
         view = self._view[: piece.stop - piece.start]
-        try:
-            while view:
-                at = piece.place.start + piece.stop - len(view)
+        while view:
+            at = piece.stop - len(view)
+            try:
                 n_read = os.preadv(descriptor, [view], at)
-                if n_read == 0:
-                    raise EOFError(f"it ends at byte {at}")
-                view = view[n_read:]
-        except (OSError, EOFError) as error:
-            raise unreadable(piece.place.path, piece.place.name, error) from error
+            except OSError as error:
+                raise _UnreadError(piece.path, at) from error
+            if n_read == 0:
+                raise _UnreadError(piece.path, at) from EOFError(f"it ends at byte {at}")
+            view = view[n_read:]
 
-    def copy_to(self, target: torch.Tensor) -> None:
-        """Copy what was read to `target` (n_bytes,), on the current stream, without a wait."""
-        target.copy_(self._bytes[: len(target)], non_blocking=True)
+    def copy_to(self, target: torch.Tensor, start: int) -> None:
+        """Copy bytes from `start` on to `target` (n_bytes,), on the current stream, without a wait."""
+        target.copy_(self._bytes[start : start + len(target)], non_blocking=True)
+
+    def release(self) -> None:
+        """All copies are queued: what waits for the buffer from now on waits for them."""
         if self._copied is not None:
             self._copied.record()
 
@@ -125,36 +145,91 @@ def read_to_device(
 def _read(
     places: Sequence[TensorPlace], device: torch.device, n_buffers: int, buffer_bytes: int
 ) -> Iterator[torch.Tensor]:
-    pieces = [_cut(place, buffer_bytes) for place in places]
-    buffers = [_Buffer(buffer_bytes, device) for _ in range(min(n_buffers, sum(map(len, pieces))))]
+    pieces = _pieces(places, buffer_bytes)
+    buffers = [_Buffer(buffer_bytes, device) for _ in range(min(n_buffers, len(pieces)))]
     with ExitStack() as stack:
         descriptors = _open_all(places, stack)
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(buffers)), "read weights"))
-        ahead = zip((piece for some in pieces for piece in some), cycle(buffers), strict=False)
-        filling: deque[tuple[_Buffer, Future[None]]] = deque()
-
-        def start_reading(n_pieces: int) -> None:
-            for piece, buffer in islice(ahead, n_pieces):
-                filling.append((buffer, pool.submit(buffer.fill, piece, descriptors[piece.place.path])))
-
-        start_reading(len(buffers))
-        for place, its_pieces in zip(places, pieces, strict=True):
+        pipeline = _Pipeline(pieces, buffers, descriptors, pool)
+        for place in places:
             data = torch.empty(place.spec.nbytes, dtype=torch.uint8, device=device)
-            for piece in its_pieces:
-                buffer, filled = filling.popleft()
-                filled.result()
-                buffer.copy_to(data[piece.start : piece.stop])
-                start_reading(1)
+            try:
+                pipeline.copy_to(data, place)
+            except _UnreadError as failure:
+                behind = [one for one in places if one.path == failure.path and one.stop > failure.at]
+                cause = failure.__cause__
+                assert isinstance(cause, Exception)
+                name = min(behind, key=lambda one: one.start).name
+                raise unreadable(failure.path, name, cause) from failure
             yield data.view(place.spec.dtype).view(place.spec.shape)
             del data  # else it would live until the next has its memory
         for buffer in buffers:
             buffer.wait()
 
 
-def _cut(place: TensorPlace, buffer_bytes: int) -> list[_Piece]:
-    n_bytes = place.spec.nbytes
-    starts = range(0, n_bytes, buffer_bytes)
-    return [_Piece(place, start, min(start + buffer_bytes, n_bytes)) for start in starts]
+class _Pipeline:
+    """The pieces one after the other, as many being read as there are buffers."""
+
+    def __init__(
+        self,
+        pieces: Sequence[_Piece],
+        buffers: Sequence[_Buffer],
+        descriptors: dict[Path, int],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._waiting = iter(pieces)
+        self._descriptors = descriptors
+        self._pool = pool
+        self._reading: deque[tuple[_Piece, _Buffer, Future[None]]] = deque()
+        self._here: tuple[_Piece, _Buffer] | None = None
+        for buffer in buffers:
+            self._start_reading(buffer)
+
+    def copy_to(self, data: torch.Tensor, place: TensorPlace) -> None:
+        """Queue the copies of a tensor's bytes to `data` (n_bytes,); places come in the order of the pieces."""
+        done = 0
+        while done < len(data):
+            piece, buffer = self._piece_with(place.path, place.start + done)
+            start = place.start + done - piece.start
+            n_bytes = min(len(data) - done, piece.stop - piece.start - start)
+            buffer.copy_to(data[done : done + n_bytes], start)
+            done += n_bytes
+
+    def _piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
+        """The piece that has a byte of a file, once it is read; those before it are let go of."""
+        while (
+            self._here is None
+            or self._here[0].path != path
+            or not self._here[0].start <= at < self._here[0].stop
+        ):
+            if self._here is not None:
+                buffer = self._here[1]
+                buffer.release()
+                self._start_reading(buffer)
+            piece, buffer, filled = self._reading.popleft()
+            self._here = piece, buffer
+            filled.result()
+        return self._here
+
+    def _start_reading(self, buffer: _Buffer) -> None:
+        if (piece := next(self._waiting, None)) is not None:
+            filled = self._pool.submit(buffer.fill, piece, self._descriptors[piece.path])
+            self._reading.append((piece, buffer, filled))
+
+
+def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:
+    """What is to be read: tensors that lie one behind the other together, cut into pieces that fit a buffer."""
+    runs: list[_Piece] = []
+    for place in places:
+        if runs and runs[-1].path == place.path and 0 <= place.start - runs[-1].stop <= _GAP_BYTES:
+            runs[-1] = replace(runs[-1], stop=place.stop)
+        elif place.spec.nbytes:
+            runs.append(_Piece(place.path, place.start, place.stop))
+    return [
+        _Piece(run.path, start, min(start + buffer_bytes, run.stop))
+        for run in runs
+        for start in range(run.start, run.stop, buffer_bytes)
+    ]
 
 
 def _open_all(places: Sequence[TensorPlace], stack: ExitStack) -> dict[Path, int]:

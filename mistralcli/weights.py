@@ -96,9 +96,13 @@ def load_model(
     _check_tensors(config, specs, directory, modules)
     sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
     done = 0
-    needed = [list(expected_tensors(name, module)) for name, module in modules.items()]
+    # In the files' order, so that they are read from beginning to end.
+    expected = {name: list(expected_tensors(name, module)) for name, module in modules.items()}
+    in_order = sorted(modules, key=lambda name: checkpoint.position(expected[name][0]))
+    needed = [expected[name] for name in in_order]
     with closing((_staged if device.type == "cuda" else _mapped)(checkpoint, needed, device)) as loading:
-        for (name, module), tensors in zip(modules.items(), loading, strict=True):
+        for name, tensors in zip(in_order, loading, strict=True):
+            module = modules[name]
             keep = isinstance(module, Embedding) and keeps_embedding(config, device.type)
             load_module(checkpoint, name, module, tensors, device, None if keep else dtype)
             if isinstance(module, QuantizedLinear) and not exact:

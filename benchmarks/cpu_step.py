@@ -30,8 +30,9 @@ from shapes import MISTRAL_1B
 from mistralcli import cpu_decoder
 from mistralcli.demo import demo_directory
 from mistralcli.engine import Engine
-from mistralcli.sampling import Sampler, SamplingParams
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.sampling import Sampler
+from mistralcli.session import open_session
 from quant.kernels.cpu import pool
 from quant.kernels.cpu.isa import chosen
 from quant.kernels.cpu.pool import Job

@@ -10,8 +10,9 @@ import torch
 from cpu_protocol import memory, serve, timed
 
 from mistralcli.doctor.bandwidth import cpu_bandwidth
-from mistralcli.sampling import Sampler, SamplingParams
-from mistralcli.session import Session, SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.sampling import Sampler
+from mistralcli.session import Session, open_session
 
 READ_BYTES = 1 << 30
 """More than the last cache of any machine that we know, 480 MB."""

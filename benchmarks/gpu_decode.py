@@ -20,7 +20,7 @@ from mistralcli.cache import KVCache
 from mistralcli.config import ModelConfig
 from mistralcli.decoder import Decoder
 from mistralcli.model import Transformer
-from mistralcli.sampling import SamplingParams
+from mistralcli.run_options import SamplingParams
 from quant.kernels.matvec import Weight
 from quant.schemes.affine import Affine, AffineLinear
 

@@ -22,8 +22,8 @@ from mistralcli.units import parse_size, size_text
 RUN = """
 import json, sys, time, torch
 from pathlib import Path
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import open_session
 from mistralcli.device import OUTSIDE_TORCH_BYTES, taken_bytes
 
 directory, limit, n_tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -12,7 +12,8 @@ import torch
 
 from mistralcli.engine import ChooseToken, Engine, FinishReason
 from mistralcli.errors import MistralError
-from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import Sampler
 from mistralcli.session import Session, StopScanner
 
 

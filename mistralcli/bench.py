@@ -23,7 +23,8 @@ from mistralcli.doctor.bandwidth import cpu_bandwidth, cuda_bandwidth, data_to_r
 from mistralcli.engine import Engine
 from mistralcli.errors import UsageError
 from mistralcli.model import Transformer
-from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import Sampler
 from mistralcli.session import Session
 from quant.schemes.affine import AffineLinear
 

@@ -5,7 +5,6 @@ What belongs to the weights comes first, into a directory beside the build; then
 holds depends on where the tensors came from; only the comparison with the source is left out, which is not here.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from huggingface_hub import is_offline_mode
 
 from mistralcli.config import hugging_face_config, read_config
 from mistralcli.errors import (
+from mistralcli.file_lock import try_lock
     AccessError,
     DiskError,
     IntegrityError,
@@ -157,12 +157,8 @@ def _claimed(place: Path, destination: Path) -> Iterator[None]:
     """Lock the directory, so that no other process fetches into it or removes it."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another process is making {destination}", "wait for it, or choose another name"
-            ) from None
+        if not try_lock(descriptor):
+            raise UsageError(f"another process is making {destination}", "wait for it, or choose another name")
         yield
     finally:
         os.close(descriptor)

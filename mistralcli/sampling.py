@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mistralcli.errors import IntegrityError
-from mistralcli.run_options import SamplingParams as SamplingParams
+from mistralcli.run_options import SamplingParams
 
 if TYPE_CHECKING:
     from mistralcli.kernels.cpu.sample import Draw

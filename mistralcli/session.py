@@ -34,8 +34,7 @@ from mistralcli.plan import (
     fitting_plan,
     requested_plan,
 )
-from mistralcli.run_options import SamplingParams
-from mistralcli.run_options import SessionOptions as SessionOptions
+from mistralcli.run_options import SamplingParams, SessionOptions
 from mistralcli.sampling import Sampler
 from mistralcli.threads import set_threads
 from mistralcli.tokenizer import StreamDecoder, Tokenizer, load_fitting_tokenizer

@@ -76,6 +76,7 @@ LAYERS = [
         "mistralcli.run_options",
         "mistralcli.sequences",
         "mistralcli.whole_file",
+        "mistralcli.file_lock",
     ],
     ["mistralcli.errors"],
     ["quant"],

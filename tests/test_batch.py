@@ -14,8 +14,9 @@ from program import MISTRAL, assert_one_sentence, environment, mistral
 
 from mistralcli.batch import Answer, Job, complete_all
 from mistralcli.errors import ContextOverflowError
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import Session, SessionOptions, open_session
+from mistralcli.file_lock import try_lock
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import Session, open_session
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +143,17 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, flags: list[str], fact: str) -> None:
     written(tmp_path / "in.jsonl", [*LINES])
     assert_one_sentence(mistral("run", *flags, home=tmp_path), 2, fact)
+
+
+def test_a_second_run_into_the_same_output_is_refused_while_one_goes_on(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    source = written(tmp_path / "in.jsonl", [*LINES])
+    partial = tmp_path / "out.jsonl.partial"
+    with partial.open("a") as file:
+        assert try_lock(file.fileno())
+        done = mistral(
+            "run", "--batch", source, "-o", "out.jsonl", "-n", "2", "-m", tiny_model_dir, home=tmp_path
+        )
+    assert_one_sentence(done, 2, "another run is writing out.jsonl.partial")
+    assert not (tmp_path / "out.jsonl").exists() and partial.read_bytes() == b""

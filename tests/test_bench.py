@@ -14,7 +14,8 @@ from mistralcli.cli.commands.bench import refuse_too_long
 from mistralcli.demo import demo_directory
 from mistralcli.engine import Engine
 from mistralcli.errors import UsageError
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 SHORT = ("--device", "cpu", "-p", "9", "-p", "20", "-d", "12", "-n", "3", "-r", "1")
 

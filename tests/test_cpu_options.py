@@ -12,7 +12,8 @@ from program import assert_one_sentence, environment, mistral
 from mistralcli import session
 from mistralcli.demo import demo_directory
 from mistralcli.errors import UsageError
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 from mistralcli.threads import cgroup_cpus, default_threads, n_cores, set_threads, usable_cpus
 from quant.schemes.affine import AffineLinear
 
@@ -78,7 +79,8 @@ import os, sys
 from pathlib import Path
 import torch
 from mistralcli.demo import demo_directory
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 for asked in (None, 1, len(os.sched_getaffinity(0)), None):
     open_session(demo_directory(), SessionOptions(ctx=64, device="cpu", threads=asked))
@@ -153,10 +155,10 @@ KERNELS = """
 import sys
 from mistralcli import session
 from mistralcli.demo import demo_directory
-from mistralcli.sampling import SamplingParams
+from mistralcli.run_options import SamplingParams, SessionOptions
 
 session._COMPILING["cpu"] = (session._COMPILING["cpu"][0], 0.0)  # whatever this machine's speed
-options = session.SessionOptions(ctx=64, device="cpu", exact="exact" in sys.argv)
+options = SessionOptions(ctx=64, device="cpu", exact="exact" in sys.argv)
 opened = session.open_session(demo_directory(), options, on_note=lambda note: print("note:", note, flush=True))
 print("opened")
 assert "".join(opened.complete([1, 2, 3], SamplingParams(0), max_tokens=2))

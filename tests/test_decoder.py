@@ -12,7 +12,8 @@ from mistralcli.cache import KVCache
 from mistralcli.decoder import Decoder, can_decode
 from mistralcli.engine import Engine
 from mistralcli.model import Transformer
-from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import Sampler
 from mistralcli.weights import load_model, open_checkpoint
 from quant.checkpoint import quantize_checkpoint
 from quant.kernels import matmul

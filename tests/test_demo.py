@@ -11,8 +11,8 @@ from program import environment, mistral
 
 from mistralcli.conversation import Conversation
 from mistralcli.demo import demo_directory
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import open_session
 from mistralcli.weights import open_checkpoint
 
 ORIGINAL = Path(__file__).resolve().parent.parent / "training" / "original"

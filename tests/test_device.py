@@ -54,7 +54,8 @@ LOAD_WITH_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
 from mistralcli.errors import NotEnoughMemoryError
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 options, directory = SessionOptions(ctx=64, device="cpu"), Path(sys.argv[1])
 open_session(directory, options)  # imports what it imports

@@ -10,7 +10,8 @@ from tokenizer_files import official_file
 from mistralcli.errors import UsageError
 from mistralcli.grammar import compile_constraint
 from mistralcli.mistral_tokenizer import MistralTokenizer
-from mistralcli.sampling import Sampler, SamplingParams
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import Sampler
 
 SCHEMA = {
     "type": "object",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from program import assert_one_sentence, mistral
 
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 
 @pytest.mark.parametrize("command", [["run", "Hello"], ["chat"]])

@@ -14,7 +14,8 @@ from mistralcli import device, session
 from mistralcli.config import read_config
 from mistralcli.demo import demo_directory
 from mistralcli.plan import Demand, plan_memory, requested_plan
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 from mistralcli.units import parse_size
 
 WEIGHTS_7B = 4_003_999_248

@@ -28,7 +28,8 @@ from mistralcli.hub_http import Patience
 from mistralcli.plan import MemoryPlan, fitting_plan
 from mistralcli.pull_plan import AS_IT_IS, BUILDS, left_out_because, plan_pull
 from mistralcli.remote_tensors import parse_header, read_header
-from mistralcli.session import SessionOptions, demand_under
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import demand_under
 from mistralcli.transfer import part_bytes
 from mistralcli.weights import hugging_face_name, open_checkpoint
 from quant.checkpoint import quantize_checkpoint

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mistralcli.sampling import SamplingParams, penalize, truncate
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import penalize, truncate
 
 triton = pytest.importorskip("triton")
 

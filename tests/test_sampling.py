@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mistralcli.errors import IntegrityError, UsageError
 from mistralcli.kernels.cpu.sample import Draw
-from mistralcli.sampling import Sampler, SamplingParams, drawn, penalize, truncate, weighed
+from mistralcli.run_options import SamplingParams
+from mistralcli.sampling import Sampler, drawn, penalize, truncate, weighed
 from mistralcli.session import StopScanner
 
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))

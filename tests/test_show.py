@@ -9,7 +9,8 @@ import pytest
 from big_model import MISTRAL_7B, write_sparse_checkpoint
 from program import assert_one_sentence, mistral
 
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import open_session
 
 FULL_CACHE = 2 * 32 * 8 * 128 * 2 * 32768
 

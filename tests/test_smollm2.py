@@ -7,8 +7,8 @@ import pytest
 from models import mean_nll
 
 from mistralcli.conversation import Conversation, Message
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import Session, SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import Session, open_session
 
 pytestmark = pytest.mark.slow
 

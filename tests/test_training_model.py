@@ -11,8 +11,8 @@ from models import all_logits, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mistralcli.conversation import Conversation
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import open_session
 from mistralcli.tokenizer import load_tokenizer
 from mistralcli.weights import open_checkpoint
 from quant.checkpoint import quantize_checkpoint

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from mistralcli.conversation import Conversation
 from mistralcli.model import Transformer
-from mistralcli.sampling import SamplingParams
-from mistralcli.session import Session, SessionOptions, open_session
+from mistralcli.run_options import SamplingParams, SessionOptions
+from mistralcli.session import Session, open_session
 from training.corpus import Prompt, heldout_prompts
 from training.judge import Reply, Transcript, judged, n_looping, scores
 from training.losses import losses_by_kind, losses_by_quarter, passages, texts_by_kind

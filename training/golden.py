@@ -17,7 +17,8 @@ import torch
 
 from mistralcli.conversation import Conversation
 from mistralcli.doctor.golden import GOLDEN_FILE, Golden
-from mistralcli.session import Session, SessionOptions, open_session
+from mistralcli.run_options import SessionOptions
+from mistralcli.session import Session, open_session
 
 PROMPT = "Tell me a story about a fox."
 MAX_TOKENS = 96

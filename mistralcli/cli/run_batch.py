@@ -18,12 +18,13 @@ from mistralcli.cli.answers import load_session, read_text
 from mistralcli.cli.run_prompt import Grammar
 from mistralcli.conversation import Conversation, parse_messages
 from mistralcli.errors import MistralError, QualityError, UsageError
+from mistralcli.file_lock import try_lock
 
 if TYPE_CHECKING:
     from mistralcli.batch import Answer, Job
     from mistralcli.grammar import Constraint
-    from mistralcli.sampling import SamplingParams
-    from mistralcli.session import Session, SessionOptions
+    from mistralcli.run_options import SamplingParams, SessionOptions
+    from mistralcli.session import Session
 
 _KEYS = {"id", "prompt", "messages", "system", "max_tokens", "seed", "temperature", "stop"}
 
@@ -118,18 +119,23 @@ def answer_lines(
 
     Raises:
         DiskError: the output cannot be written. What was finished stays.
+        UsageError: another process is writing it.
     """
     from mistralcli.batch import complete_all
 
     partial = output.with_name(output.name + ".partial")
-    done = _finished(partial, {line.digest for line in lines})
-    if done and not quiet:
-        console.note(f"going on: {len(done)} of {len(lines)} lines are answered in {partial}")
-    left = [line for line in lines if line.digest not in done]
     with (
         partial.open("a", encoding="utf-8", errors="backslashreplace") as file,
         console.steps("answering", quiet=quiet) as update,
     ):
+        if not try_lock(file.fileno()):
+            raise UsageError(
+                f"another run is writing {partial}", "wait for it, or name another output with -o"
+            )
+        done = _finished(partial, {line.digest for line in lines})
+        if done and not quiet:
+            console.note(f"going on: {len(done)} of {len(lines)} lines are answered in {partial}")
+        left = [line for line in lines if line.digest not in done]
 
         def keep(line: Line, answer: dict[str, Any]) -> None:
             file.write(json.dumps({"digest": line.digest} | answer, ensure_ascii=False) + "\n")
@@ -145,7 +151,7 @@ def answer_lines(
             line = by_index[answer.index]
             error = asked.error(answer)
             keep(line, _as_dict(line, answer) if error is None else _failed(line, error))
-    return _publish(lines, done, partial, output)
+        return _publish(lines, done, partial, output)
 
 
 def _publish(lines: Sequence[Line], done: dict[str, dict[str, Any]], partial: Path, output: Path) -> int:
@@ -161,8 +167,6 @@ def _publish(lines: Sequence[Line], done: dict[str, dict[str, Any]], partial: Pa
 
 def _finished(partial: Path, digests: set[str]) -> dict[str, dict[str, Any]]:
     """The answers that an earlier run kept, not its errors. A line that it was killed in the midst of is cut off."""
-    if not partial.exists():
-        return {}
     content = partial.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):

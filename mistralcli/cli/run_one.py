@@ -10,11 +10,10 @@ from mistralcli.cli.run_output import Form, print_answer
 from mistralcli.cli.run_prompt import Grammar
 from mistralcli.conversation import NO_EXTRAS, ChatExtras, Conversation
 from mistralcli.errors import QualityError, UsageError
-from mistralcli.run_options import room_for_answer
+from mistralcli.run_options import SamplingParams, room_for_answer
 
 if TYPE_CHECKING:
     from mistralcli.logprobs import Recorder
-    from mistralcli.sampling import SamplingParams
     from mistralcli.session import Session
 
 Overflow = Literal["error", "head", "tail"]

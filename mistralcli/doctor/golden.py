@@ -84,7 +84,8 @@ def examine_demo(directory: Path) -> Iterator[Finding]:
 
 def _examine_device(name: str, directory: Path, golden: Golden, device: "torch.device") -> Iterator[Finding]:
     from mistralcli.doctor.cases import LOGIT_BOUND, ROUNDED_LOGIT_BOUND
-    from mistralcli.session import SessionOptions, open_session
+    from mistralcli.run_options import SessionOptions
+    from mistralcli.session import open_session
     from quant.schemes.affine import AffineLinear
 
     with _from_the_package():

@@ -27,7 +27,7 @@ hundred of a trained model's vocabulary; where they do not, all are gathered."""
 
 
 class Params(Protocol):
-    """What is read of `mistralcli.sampling.SamplingParams`, which is above the kernels."""
+    """What is read of `mistralcli.run_options.SamplingParams`, which is above the kernels."""
 
     @property
     def temperature(self) -> float: ...

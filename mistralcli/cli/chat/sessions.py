@@ -8,7 +8,6 @@ Who writes a file holds a lock on it, so another chat that goes on with the same
 """
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -33,6 +32,7 @@ from mistralcli.cli.chat.session_file import (
 )
 from mistralcli.cli.chat.state import ChatState
 from mistralcli.errors import DiskError, MistralError, UsageError
+from mistralcli.file_lock import try_lock
 
 _PIECE_EVERY_S = 1.0
 
@@ -156,7 +156,7 @@ class SessionStore:
         except OSError as error:
             raise MistralError(f"the session {path} cannot be opened: {error.strerror}") from None
         try:
-            is_free = _locked(descriptor)
+            is_free = try_lock(descriptor)
             size_bytes, events, damage = read_events(path)
             written = as_written(path, events)
         except BaseException:
@@ -178,19 +178,8 @@ class SessionStore:
         self.directory.chmod(0o700)
         path = self.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}.jsonl"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        _locked(descriptor)
+        try_lock(descriptor)
         return _Writing(path, descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether the file is now ours until it is closed; a file system without locks has no other chat to ask about."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _remedy(error: OSError) -> str:

@@ -70,7 +70,7 @@ def bench(
     before = None if against is None else read_report(against)
     from mistralcli.bench import default_options, read_bandwidth, run_bench
     from mistralcli.device import choose_device
-    from mistralcli.session import SessionOptions
+    from mistralcli.run_options import SessionOptions
 
     options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)
     where = choose_device(device)

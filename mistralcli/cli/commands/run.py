@@ -189,8 +189,7 @@ def run(
 
     With both a prompt and piped input, the input is context after the prompt: `mistral run "Summarize:" < notes.txt`.
     """
-    from mistralcli.sampling import SamplingParams
-    from mistralcli.session import SessionOptions
+    from mistralcli.run_options import SamplingParams, SessionOptions
 
     params = SamplingParams(temperature, top_p, top_k, min_p, repeat_penalty, seed)
     options = SessionOptions(ctx, chunk, slack, device, dtype, memory_limit, kv, threads, exact)

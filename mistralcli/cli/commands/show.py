@@ -53,7 +53,8 @@ def _plan(
 ) -> "MemoryPlan":
     from mistralcli.device import choose_device, free_memory_bytes
     from mistralcli.plan import check_ctx, default_ctx, plan_memory
-    from mistralcli.session import SessionOptions, demand_under
+    from mistralcli.run_options import SessionOptions
+    from mistralcli.session import demand_under
 
     options = SessionOptions(ctx, chunk, slack, device, dtype)  # refuses what a run would refuse
     where = choose_device(device)

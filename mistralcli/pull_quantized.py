@@ -16,7 +16,6 @@ from huggingface_hub import is_offline_mode
 
 from mistralcli.config import hugging_face_config, read_config
 from mistralcli.errors import (
-from mistralcli.file_lock import try_lock
     AccessError,
     DiskError,
     IntegrityError,
@@ -26,6 +25,7 @@ from mistralcli.file_lock import try_lock
     QualityError,
     UsageError,
 )
+from mistralcli.file_lock import try_lock
 from mistralcli.hub import Fetching, is_offline, look_up
 from mistralcli.hub_cache import blob_path, parse_hub_model
 from mistralcli.hub_errors import our_errors
@@ -158,7 +158,9 @@ def _claimed(place: Path, destination: Path) -> Iterator[None]:
     descriptor = os.open(place, os.O_RDONLY)
     try:
         if not try_lock(descriptor):
-            raise UsageError(f"another process is making {destination}", "wait for it, or choose another name")
+            raise UsageError(
+                f"another process is making {destination}", "wait for it, or choose another name"
+            )
         yield
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from mistralcli.engine import Engine
 from mistralcli.kernels import sdpa
 from mistralcli.kernels.cpu import pointwise
 from mistralcli.kernels.cpu.attention import attention as few
-from mistralcli.kernels.cpu.attention import takes
+from mistralcli.kernels.cpu.attention import Scratch, takes
 from mistralcli.kernels.cpu.dense import product_job, tied_logits
 from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
 from mistralcli.plan import choose_cache_dtype
@@ -127,6 +127,15 @@ def test_the_ring_holds_exactly_what_the_reference_writes(dtype: torch.dtype) ->
     assert torch.equal(ours, theirs)
     if their_scales is not None and our_scales is not None:
         assert torch.equal(our_scales, their_scales)
+
+
+def test_padding_alone_sees_nothing_and_writes_only_its_own_rows() -> None:
+    """As the end of a chunk is, in pieces: no slot holds what is seen, and there is a segment all the same."""
+    seen = Seen(torch.full((1, 3), -1), Ring(8, 6), 0)
+    out = few(randn(1, 4, 3, 32), torch.empty(1, 2, 0, 32), torch.empty(1, 2, 0, 32), seen)
+    assert torch.equal(out, torch.zeros(1, 4, 3, 32))
+    scratch = Scratch(3, 4, 32, 0)
+    assert len(scratch.sums) == 3 * 4 * 32 and len(scratch.state) == 3 * 4 * 2
 
 
 def test_what_is_not_finite_is_written_as_the_reference_does() -> None:

@@ -351,7 +351,7 @@ class Scratch:
     """Room for sums and states of the segments of some queries, of n_heads and up to n_slots slots that they see."""
 
     def __init__(self, n_tokens: int, n_heads: int, head_dim: int, n_slots: int) -> None:
-        self.most_segments = -(-n_slots // SEGMENT)
+        self.most_segments = max(1, -(-n_slots // SEGMENT))  # as `n_segments_of`: padding alone sees no slot
         n_rows = n_tokens * n_heads * self.most_segments
         self.sums = torch.empty(n_rows * head_dim)
         self.state = torch.empty(n_rows * 2)

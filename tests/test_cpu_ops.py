@@ -15,8 +15,8 @@ from mistralcli.cache import Ring, Seen, quantized, write_ring
 from mistralcli.engine import Engine
 from mistralcli.kernels import sdpa
 from mistralcli.kernels.cpu import pointwise
-from mistralcli.kernels.cpu.attention import attention as few
 from mistralcli.kernels.cpu.attention import Scratch, takes
+from mistralcli.kernels.cpu.attention import attention as few
 from mistralcli.kernels.cpu.dense import product_job, tied_logits
 from mistralcli.ops import apply_rotary, attention, rms_norm, rotary_tables, swiglu
 from mistralcli.plan import choose_cache_dtype

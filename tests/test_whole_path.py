@@ -24,7 +24,9 @@ BUILDS = {
 }
 """Builds, their flags, and how much larger than the original's their perplexity may be."""
 
-ASKED = {"What is the capital of France?": "Paris", "How many days are in a week?": "seven|7"}
+ASKED = {"What is the capital of France?": "Paris|France", "How many days are in a week?": "seven|7"}
+"""Questions, and words that an answer about them has. More is not to be had of 135 million weights of 4 bits in groups of
+64: whether they say Paris hangs on what activations are rounded to; the perplexity says what the build is worth."""
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ class Checkpoint:
 
     def position(self, name: str) -> tuple[Path, int]:
         """The file and the byte where a tensor begins, or the first of those that it is made of."""
-        place = self._place(self._dense[name].parts[0] if name in self._dense else name)
-        return place.path, place.start
+        return self._start(self._dense[name].parts[0] if name in self._dense else name)
 
     def load_to(self, device: torch.device, names: Sequence[str]) -> Generator[torch.Tensor, None, None]:
         """Several tensors on a GPU, in that order, read ahead of being asked for."""
@@ -178,11 +177,14 @@ class Checkpoint:
         return self._open[path]
 
     def _place(self, name: str) -> TensorPlace:
+        return TensorPlace(name, *self._start(name), self._stored_spec(name))
+
+    def _start(self, name: str) -> tuple[Path, int]:
+        """The file and the byte where a stored tensor begins."""
         path = self._files[name]
         if path not in self._offsets:
             self._offsets[path] = data_offsets(path)
-        start = self._offsets[path][self._stored_names.get(name, name)]
-        return TensorPlace(name, path, start, self._stored_spec(name))
+        return path, self._offsets[path][self._stored_names.get(name, name)]
 
     def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None

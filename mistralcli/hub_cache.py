@@ -10,7 +10,6 @@ Ours alone are blobs/DIGEST.mistral-part and its journal, of a download that is 
 Nothing here imports huggingface_hub: `mistral run` finds its model without waiting for it.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistralcli.errors import UsageError
+from mistralcli.file_lock import try_lock
 
 PART_SUFFIX = ".mistral-part"
 """Of a file that is being downloaded, beside the blobs; huggingface_hub's own end in `.incomplete`."""
@@ -153,12 +153,9 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor)
     finally:
         os.close(descriptor)
-    return False
 
 
 def is_being_fetched(repo_id: str) -> bool:

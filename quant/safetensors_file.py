@@ -7,7 +7,7 @@ length, a JSON header of that length with name, dtype, shape and place of each t
 import json
 import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -77,9 +77,21 @@ class SafetensorsWriter:
 
 
 def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Where each tensor's data begin. Wide dtypes come first, so that every tensor is aligned to its own width."""
+    """Where each tensor's data begin, in the order of names, so that what a module needs lies together.
+
+    Where that would leave a tensor that is not aligned to its own width, as an odd number of scales does, wide dtypes
+    come first, since the format has no gaps.
+    """
+    by_name = _laid_out(sorted(specs), specs)
+    if all(start % specs[name].dtype.itemsize == 0 for name, start in by_name.items()):
+        return by_name
+    return _laid_out(sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)), specs)
+
+
+def _laid_out(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Where each tensor's data begin when they lie one behind the other in that order."""
     offsets, end = {}, 0
-    for name in sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)):
+    for name in names:
         offsets[name] = end
         end += specs[name].nbytes
     return offsets

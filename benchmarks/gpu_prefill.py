@@ -6,7 +6,8 @@ One run, medians: the whole forward pass of a prompt, its matmuls alone, and the
 weights; then attention alone at 16k and 32k tokens, with a window of 4,096 and without.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,13 @@ from mistralcli.cache import DEFAULT_SLACK, KVCache
 from mistralcli.device import LARGE_CUDA_CHUNK, LARGE_CUDA_SLACK
 from mistralcli.model import Transformer
 from mistralcli.prefill import CapturedForward
+from quant.kernels.ahead import Ahead
 from quant.schemes.affine import Affine, AffineLinear
 
 CHUNK = LARGE_CUDA_CHUNK
+REPEATED = 4
+"""Layers in a graph, so that its own start and end count for little."""
+ROUNDS = 15
 
 
 def linears(model: Transformer) -> list[AffineLinear]:
@@ -28,25 +33,44 @@ def linears(model: Transformer) -> list[AffineLinear]:
     return [module for module in model.layers[0].modules() if isinstance(module, AffineLinear)]
 
 
-def matmuls_s(
+def matmuls(
     model: Transformer, n_tokens: int, run: Callable[[AffineLinear, torch.Tensor], object]
-) -> float:
-    """Seconds of one layer's matmuls of the chunks of a prompt, launched by a graph."""
+) -> torch.cuda.CUDAGraph:
+    """One layer's matmuls of the chunks of a prompt, REPEATED times, as a pass of `CapturedForward` launches them."""
     inputs = {
         size: torch.randn(min(n_tokens, CHUNK), size, dtype=torch.bfloat16, device="cuda")
         for size in (4096, 14336)
     }
+    ahead, stream = Ahead(torch.device("cuda")), torch.cuda.Stream(priority=-1)
 
     def layers() -> None:
-        for _ in range(4 * max(1, n_tokens // CHUNK)):
-            for linear in linears(model):
-                run(linear, inputs[linear.in_features])
+        with ahead.during_pass():
+            for _ in range(REPEATED * max(1, n_tokens // CHUNK)):
+                for linear in linears(model):
+                    run(linear, inputs[linear.in_features])
 
-    layers()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         layers()
-    return median_s(graph.replay) / 4
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        layers()
+    return graph
+
+
+def layer_s(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+    """Medians of the seconds of a layer, the graphs taking turns: a card at its limit of power slows down."""
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(3 + ROUNDS):
+        for graph, own in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            own.append(start.elapsed_time(end) / 1e3 / REPEATED)
+    return [statistics.median(own[3:]) for own in times]
 
 
 @torch.no_grad()
@@ -79,10 +103,14 @@ def main() -> None:
     }
     n_layers = MISTRAL_7B.n_layers
     for n_tokens in (512, 2048, 8192):
-        peak_s = matmuls_s(
-            model, n_tokens, lambda one, x: F.linear(x, dense[one.out_features, one.in_features])
+        peak_s, ours_s = layer_s(
+            [
+                matmuls(
+                    model, n_tokens, lambda one, x: F.linear(x, dense[one.out_features, one.in_features])
+                ),
+                matmuls(model, n_tokens, lambda one, x: one(x)),
+            ]
         )
-        ours_s = matmuls_s(model, n_tokens, lambda one, x: one(x))
         whole_s = prefill_s(model, n_tokens)
         print(
             f"pre-fill {n_tokens}: {n_tokens / whole_s:.0f} tok/s ({whole_s * 1e3:.1f} ms); matmuls "

@@ -6,7 +6,7 @@ import torch
 
 from mistralcli.cache import DEFAULT_SLACK, cache_size_bytes, n_slots_by_layer
 from mistralcli.config import ModelConfig
-from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_SLACK
+from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_CHUNK, LARGE_CUDA_SLACK
 from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.ops import attention
 from mistralcli.units import size_text
@@ -141,7 +141,9 @@ def _activations_bytes(config: ModelConfig, demand: Demand, chunk: int) -> int:
     token_bytes = chunk * demand.dtype.itemsize
     if demand.device_type != "cuda":
         return token_bytes * (3 * hidden + 8 * width) + _TILE_BYTES
-    tile_bytes = min(_TILE_BYTES, hidden * width * demand.dtype.itemsize)
+    # Where there is room for large chunks, a tile is dequantized while another one is multiplied.
+    n_tiles = 2 if demand.chunk >= LARGE_CUDA_CHUNK else 1
+    tile_bytes = n_tiles * min(_TILE_BYTES, hidden * width * demand.dtype.itemsize)
     gate_and_up = token_bytes * (2 * hidden + 3 * dim) + tile_bytes
     attending = token_bytes * 8 * width + tile_bytes
     return max(gate_and_up, attending, token_bytes * 3 * (hidden + dim))

@@ -5,14 +5,18 @@ captured is `Transformer.forward` itself.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from mistralcli.cache import KVCache, Piece
-from mistralcli.device import is_out_of_memory
+from mistralcli.device import LARGE_CUDA_CHUNK, is_out_of_memory
 from mistralcli.model import Transformer
+
+if TYPE_CHECKING:
+    from quant.kernels.ahead import Ahead
 
 LENGTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Graphs' lengths, besides the chunk's own. Chunks between the last of them and a whole one run without a graph: they
@@ -32,9 +36,10 @@ class CapturedForward:
         self._lengths = [length for length in LENGTHS if length < chunk] + [chunk]
         self._chunks: dict[tuple[int, int], _Chunk] = {}
         self._on_cuda = cache.last.device.type == "cuda"
-        # Memory that is freed on one stream is not used again on another.
-        self._stream = torch.cuda.Stream(cache.last.device) if self._on_cuda else None
+        # Memory that is freed on one stream is not used again on another. It goes before the one that `Ahead` uses.
+        self._stream = torch.cuda.Stream(cache.last.device, priority=-1) if self._on_cuda else None
         self._pool = torch.cuda.MemPool() if self._on_cuda else None
+        self._ahead = _ahead(cache.last.device) if self._on_cuda and chunk >= LARGE_CUDA_CHUNK else None
 
     def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `Transformer.forward` of both (n_seqs, n_tokens), on the CPU; the result is valid until the next call."""
@@ -95,8 +100,16 @@ class CapturedForward:
         return self._forward(chunk.token_ids, self._cache.begin_captured(chunk.positions), chunk.positions)
 
     def _forward(self, token_ids: torch.Tensor, pieces: list[Piece], positions: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self._model(token_ids, positions, self._cache, pieces)
+        with nullcontext() if self._ahead is None else self._ahead.during_pass():
+            hidden: torch.Tensor = self._model(token_ids, positions, self._cache, pieces)
         return hidden
+
+
+def _ahead(device: torch.device) -> "Ahead":
+    """What dequantizes weights ahead of the products that take them."""
+    from quant.kernels.ahead import Ahead  # takes Triton, which is there where anything is captured
+
+    return Ahead(device)
 
 
 @dataclass

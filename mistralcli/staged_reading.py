@@ -11,9 +11,8 @@ beside its bytes, two threads' taking turns, would be most of the time.
 import json
 import os
 import struct
-from collections import deque
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,10 +91,10 @@ class _Buffer:
                 raise _UnreadError(piece.path, at) from EOFError(f"it ends at byte {at}")
             view = view[n_read:]
 
-    def copy_to(self, target: torch.Tensor, start: int) -> None:
-        """Copy bytes from `start` on to `target` (n_bytes,), on the current stream, without a wait."""
+    def copy_to(self, target: torch.Tensor, start: int, stop: int) -> None:
+        """Copy bytes `start` … `stop` to `target` (n_bytes,), on the current stream, without a wait."""
         assert self._bytes is not None
-        target.copy_(self._bytes[start : start + len(target)], non_blocking=True)
+        target.copy_(self._bytes[start:stop], non_blocking=True)
 
     def release(self) -> None:
         """All copies are queued: what waits for the buffer from now on waits for them."""
@@ -151,11 +150,15 @@ def _read(
     places: Sequence[TensorPlace], device: torch.device, n_buffers: int, buffer_bytes: int
 ) -> Iterator[torch.Tensor]:
     pieces = _pieces(places, buffer_bytes)
-    buffers = [_Buffer(buffer_bytes, device) for _ in range(min(n_buffers, len(pieces)))]
+    n_readers = min(n_buffers, len(pieces))
     with ExitStack() as stack:
         descriptors = _open_all(places, stack)
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, len(buffers)), "read weights"))
-        pipeline = _Pipeline(pieces, buffers, descriptors, pool)
+        readers = []
+        for first in range(n_readers):
+            reader = _Reader(pieces[first::n_readers], _Buffer(buffer_bytes, device), descriptors)
+            stack.callback(reader.close)
+            readers.append(reader)
+        pipeline = _Pipeline(pieces, readers)
         for place in places:
             data = torch.empty(place.spec.nbytes, dtype=torch.uint8, device=device)
             try:
@@ -168,58 +171,88 @@ def _read(
                 raise unreadable(failure.path, name, cause) from failure
             yield data.view(place.spec.dtype).view(place.spec.shape)
             del data  # else it would live until the next has its memory
-        for buffer in buffers:
-            buffer.wait()
+
+
+class _Reader:
+    """A thread that reads pieces one after the other into one buffer, each when the one before it is let go of.
+
+    Two locks hand the buffer to and fro. A queue and futures took longer than a third of the reading: half a thousand
+    pieces take turns with Python's lock.
+    """
+
+    def __init__(self, pieces: Sequence[_Piece], buffer: _Buffer, descriptors: dict[Path, int]) -> None:
+        self._pieces = pieces
+        self._buffer = buffer
+        self._descriptors = descriptors
+        self._error: Exception | None = None
+        self._is_closed = False
+        self._free, self._full = threading.Lock(), threading.Lock()
+        self._full.acquire()
+        self._thread = threading.Thread(target=self._read, name="read weights", daemon=True)
+        self._thread.start()
+
+    def filled(self) -> _Buffer:
+        """The buffer with the next piece in it. Raises what kept it from being read."""
+        self._full.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._buffer
+
+    def go_on(self) -> None:
+        """All copies out of the buffer are queued: read the next piece."""
+        self._buffer.release()
+        self._free.release()
+
+    def close(self) -> None:
+        """End the thread, which may be waiting for the buffer, or reading into it."""
+        self._is_closed = True
+        if self._free.locked():
+            self._free.release()
+        self._thread.join()
+        self._buffer.wait()
+
+    def _read(self) -> None:
+        for piece in self._pieces:
+            self._free.acquire()
+            if self._is_closed:
+                return
+            try:
+                self._buffer.fill(piece, self._descriptors[piece.path])
+            except Exception as error:  # noqa: BLE001  whatever it is, it belongs to the one who waits
+                self._error = error
+            self._full.release()
 
 
 class _Pipeline:
-    """The pieces one after the other, as many being read as there are buffers."""
+    """The pieces one after the other, as many being read as there are readers, who take turns."""
 
-    def __init__(
-        self,
-        pieces: Sequence[_Piece],
-        buffers: Sequence[_Buffer],
-        descriptors: dict[Path, int],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._waiting = iter(pieces)
-        self._descriptors = descriptors
-        self._pool = pool
-        self._reading: deque[tuple[_Piece, _Buffer, Future[None]]] = deque()
-        self._here: tuple[_Piece, _Buffer] | None = None
-        for buffer in buffers:
-            self._start_reading(buffer)
+    def __init__(self, pieces: Sequence[_Piece], readers: Sequence[_Reader]) -> None:
+        self._pieces = pieces
+        self._readers = readers
+        self._at = -1
+        self._buffer: _Buffer | None = None
 
     def copy_to(self, data: torch.Tensor, place: TensorPlace) -> None:
         """Queue the copies of a tensor's bytes to `data` (n_bytes,); places come in the order of the pieces."""
-        done = 0
-        while done < len(data):
-            piece, buffer = self._piece_with(place.path, place.start + done)
-            start = place.start + done - piece.start
-            n_bytes = min(len(data) - done, piece.stop - piece.start - start)
-            buffer.copy_to(data[done : done + n_bytes], start)
-            done += n_bytes
+        at = place.start
+        while at < place.stop:
+            piece, buffer = self._piece_with(place.path, at)
+            stop = min(place.stop, piece.stop)
+            whole = stop - at == place.spec.nbytes
+            part = data if whole else data[at - place.start : stop - place.start]
+            buffer.copy_to(part, at - piece.start, stop - piece.start)
+            at = stop
 
     def _piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
         """The piece that has a byte of a file, once it is read; those before it are let go of."""
-        while (
-            self._here is None
-            or self._here[0].path != path
-            or not self._here[0].start <= at < self._here[0].stop
-        ):
-            if self._here is not None:
-                buffer = self._here[1]
-                buffer.release()
-                self._start_reading(buffer)
-            piece, buffer, filled = self._reading.popleft()
-            self._here = piece, buffer
-            filled.result()
-        return self._here
-
-    def _start_reading(self, buffer: _Buffer) -> None:
-        if (piece := next(self._waiting, None)) is not None:
-            filled = self._pool.submit(buffer.fill, piece, self._descriptors[piece.path])
-            self._reading.append((piece, buffer, filled))
+        while True:
+            piece = self._pieces[self._at]
+            if self._buffer is not None:
+                if piece.start <= at < piece.stop and piece.path == path:
+                    return piece, self._buffer
+                self._readers[self._at % len(self._readers)].go_on()
+            self._at += 1
+            self._buffer = self._readers[self._at % len(self._readers)].filled()
 
 
 def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from quant import ops
-from quant.kernels import activations, matmul
+from quant.kernels import activations, ahead, matmul
 from quant.kernels.activations import Activations, Rounding, packed
 from quant.kernels.blockings import Blocking
+from quant.kernels.dequantize import dequantize
 from quant.kernels.matvec import Weight, matvec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,7 +283,7 @@ def test_a_dequantized_tile_is_the_reference_s_rounded_once(
         generator, 19, 384, bits=bits, group_size=group_size, symmetric=symmetric, dtype=torch.bfloat16
     )
     tile = torch.empty(16, 384, dtype=dtype, device=DEVICE)
-    matmul.dequantize(weight, 3, tile)
+    dequantize(weight, 3, tile)
     cut_off = dtype == torch.bfloat16 and DEVICE == "cpu"  # by the interpreter, which does not round
     expected = dense_of(weight)[3:].to(dtype)
     torch.testing.assert_close(tile, expected, rtol=2**-7 if cut_off else 0, atol=0)
@@ -291,7 +292,7 @@ def test_a_dequantized_tile_is_the_reference_s_rounded_once(
 def test_a_weight_larger_than_the_tile_is_multiplied_in_parts(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "TILE_BYTES", 64 * 4 * 24)
+    monkeypatch.setattr(ahead, "TILE_BYTES", 64 * 4 * 24)
     weight = quantized(generator, 64, 64)
     x = rows(generator, 17, 64)
     y = matmul.int4_matmul(x, weight.words.view(torch.uint8), weight.scales, None)

@@ -73,6 +73,7 @@ class Checkpoint:
         self._stored_names = dict(stored_names)
         self._open: dict[Path, safe_open] = {}
         self._offsets: dict[Path, dict[str, int]] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._rotary_heads: Mapping[str, int] = {}
         self._seen: SeenTensors | None = None
 
@@ -154,6 +155,11 @@ class Checkpoint:
         return {} if self._seen is None else self._seen.dense
 
     def _stored_spec(self, name: str) -> TensorSpec:
+        if name not in self._specs:
+            self._specs[name] = self._read_spec(name)
+        return self._specs[name]
+
+    def _read_spec(self, name: str) -> TensorSpec:
         try:
             view = self._handle(name).get_slice(self._stored_names.get(name, name))
         except (SafetensorError, OSError) as error:

@@ -12,8 +12,8 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,21 +66,29 @@ class _Buffer:
     """Memory that is filled from a file, and free again when the device has copied it.
 
     Pinned where that is possible; from pageable memory the driver copies by itself, before `copy_to` returns.
-    It is asked for by the thread that first fills it: pinning all buffers takes half as long as reading 4 GB.
+    The thread that fills it asks for it: pinning all buffers takes half as long as reading 4 GB, and those that are
+    pinned are filled meanwhile.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         self._size_bytes = size_bytes
         self._device = device
-        self._bytes: torch.Tensor | None = None
+        self._bytes, self._view = torch.empty(0, dtype=torch.uint8), memoryview(b"")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
+    def make(self) -> None:
+        """Ask for the memory, the first time; where there is none, filling it says so."""
+        if not self._view:
+            with suppress(MemoryError, RuntimeError):
+                self._bytes = _host_memory(self._size_bytes, self._device)
+                self._view = self._bytes.numpy().data
+
     def fill(self, piece: _Piece, descriptor: int) -> None:
-        """Read a piece, by a thread: neither the waits nor the reading hold Python's lock."""
-        if self._bytes is None:
-            self._bytes = _host_memory(self._size_bytes, self._device)
+        """Read a piece, by a thread: neither the wait nor the reading holds Python's lock."""
         self.wait()
-        view = self._bytes.numpy().data[: piece.stop - piece.start]
+        if not self._view:
+            raise MemoryError(f"no memory for a buffer of {self._size_bytes} bytes")
+        view = self._view[: piece.stop - piece.start]
         while view:
             at = piece.stop - len(view)
             try:
@@ -93,7 +101,6 @@ class _Buffer:
 
     def copy_to(self, target: torch.Tensor, start: int, stop: int) -> None:
         """Copy bytes `start` … `stop` to `target` (n_bytes,), on the current stream, without a wait."""
-        assert self._bytes is not None
         target.copy_(self._bytes[start:stop], non_blocking=True)
 
     def release(self) -> None:
@@ -149,16 +156,10 @@ def read_to_device(
 def _read(
     places: Sequence[TensorPlace], device: torch.device, n_buffers: int, buffer_bytes: int
 ) -> Iterator[torch.Tensor]:
-    pieces = _pieces(places, buffer_bytes)
-    n_readers = min(n_buffers, len(pieces))
     with ExitStack() as stack:
         descriptors = _open_all(places, stack)
-        readers = []
-        for first in range(n_readers):
-            reader = _Reader(pieces[first::n_readers], _Buffer(buffer_bytes, device), descriptors)
-            stack.callback(reader.close)
-            readers.append(reader)
-        pipeline = _Pipeline(pieces, readers)
+        pipeline = stack.enter_context(_Pipeline(_pieces(places, buffer_bytes), descriptors))
+        pipeline.start([_Buffer(buffer_bytes, device) for _ in range(n_buffers)])
         for place in places:
             data = torch.empty(place.spec.nbytes, dtype=torch.uint8, device=device)
             try:
@@ -174,63 +175,64 @@ def _read(
 
 
 class _Reader:
-    """A thread that reads pieces one after the other into one buffer, each when the one before it is let go of.
+    """A thread that reads pieces into a buffer of its own, one whenever the one before it is let go of."""
 
-    Two locks hand the buffer to and fro. A queue and futures took longer than a third of the reading: half a thousand
-    pieces take turns with Python's lock.
-    """
-
-    def __init__(self, pieces: Sequence[_Piece], buffer: _Buffer, descriptors: dict[Path, int]) -> None:
-        self._pieces = pieces
-        self._buffer = buffer
-        self._descriptors = descriptors
-        self._error: Exception | None = None
-        self._is_closed = False
-        self._free, self._full = threading.Lock(), threading.Lock()
-        self._full.acquire()
-        self._thread = threading.Thread(target=self._read, name="read weights", daemon=True)
+    def __init__(self, buffer: _Buffer, read_next: Callable[["_Reader"], bool]) -> None:
+        """read_next: reads the next piece into the reader's buffer; false where there is none."""
+        self.buffer = buffer
+        self._read_next = read_next
+        self._free = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="read weights", daemon=True)
         self._thread.start()
-
-    def filled(self) -> _Buffer:
-        """The buffer with the next piece in it. Raises what kept it from being read."""
-        self._full.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._buffer
 
     def go_on(self) -> None:
         """All copies out of the buffer are queued: read the next piece."""
-        self._buffer.release()
+        self.buffer.release()
         self._free.release()
 
-    def close(self) -> None:
-        """End the thread, which may be waiting for the buffer, or reading into it."""
-        self._is_closed = True
+    def join(self) -> None:
+        """Wait for the end of the thread, and for the device to have copied the buffer; there is nothing to read."""
         if self._free.locked():
             self._free.release()
         self._thread.join()
-        self._buffer.wait()
+        self.buffer.wait()
 
-    def _read(self) -> None:
-        for piece in self._pieces:
+    def _run(self) -> None:
+        self._free.acquire()
+        while self._read_next(self):
             self._free.acquire()
-            if self._is_closed:
-                return
-            try:
-                self._buffer.fill(piece, self._descriptors[piece.path])
-            except Exception as error:  # noqa: BLE001  whatever it is, it belongs to the one who waits
-                self._error = error
-            self._full.release()
 
 
 class _Pipeline:
-    """The pieces one after the other, as many being read as there are readers, who take turns."""
+    """The pieces one after the other, as many being read as there are readers; a context manager, to end these.
 
-    def __init__(self, pieces: Sequence[_Piece], readers: Sequence[_Reader]) -> None:
+    A lock for each piece says that it is there, and one for each buffer that it may be filled again. A queue and
+    futures took longer than a third of the reading: half a thousand pieces take turns with Python's lock.
+    """
+
+    def __init__(self, pieces: Sequence[_Piece], descriptors: Mapping[Path, int]) -> None:
         self._pieces = pieces
-        self._readers = readers
+        self._descriptors = descriptors
+        self._unread = iter(range(len(pieces)))
+        self._whole = [threading.Lock() for _ in pieces]
+        for lock in self._whole:
+            lock.acquire()
+        self._found: list[_Reader | Exception | None] = [None for _ in pieces]
         self._at = -1
-        self._buffer: _Buffer | None = None
+        self._here: _Reader | None = None
+        self._readers: list[_Reader] = []
+
+    def __enter__(self) -> "_Pipeline":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unread = iter(())
+        for reader in self._readers:
+            reader.join()
+
+    def start(self, buffers: Sequence[_Buffer]) -> None:
+        """Begin to read, into as many of the buffers as there are pieces."""
+        self._readers.extend(_Reader(buffer, self._read_next) for buffer in buffers[: len(self._pieces)])
 
     def copy_to(self, data: torch.Tensor, place: TensorPlace) -> None:
         """Queue the copies of a tensor's bytes to `data` (n_bytes,); places come in the order of the pieces."""
@@ -238,21 +240,40 @@ class _Pipeline:
         while at < place.stop:
             piece, buffer = self._piece_with(place.path, at)
             stop = min(place.stop, piece.stop)
-            whole = stop - at == place.spec.nbytes
-            part = data if whole else data[at - place.start : stop - place.start]
+            is_whole = stop - at == place.spec.nbytes
+            part = data if is_whole else data[at - place.start : stop - place.start]
             buffer.copy_to(part, at - piece.start, stop - piece.start)
             at = stop
 
     def _piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
         """The piece that has a byte of a file, once it is read; those before it are let go of."""
         while True:
-            piece = self._pieces[self._at]
-            if self._buffer is not None:
+            if self._here is not None:
+                piece = self._pieces[self._at]
                 if piece.start <= at < piece.stop and piece.path == path:
-                    return piece, self._buffer
-                self._readers[self._at % len(self._readers)].go_on()
+                    return piece, self._here.buffer
+                self._here.go_on()
             self._at += 1
-            self._buffer = self._readers[self._at % len(self._readers)].filled()
+            self._whole[self._at].acquire()
+            found = self._found[self._at]
+            if isinstance(found, Exception):
+                raise found
+            self._here = found
+
+    def _read_next(self, reader: _Reader) -> bool:
+        """Fill a reader's buffer, by its thread; false where every piece is read, or being read."""
+        reader.buffer.make()
+        index = next(self._unread, None)  # in one step of Python's
+        if index is None:
+            return False
+        piece = self._pieces[index]
+        try:
+            reader.buffer.fill(piece, self._descriptors[piece.path])
+            self._found[index] = reader
+        except Exception as error:  # noqa: BLE001  whatever it is, it belongs to the one who waits
+            self._found[index] = error
+        self._whole[index].release()
+        return True
 
 
 def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:

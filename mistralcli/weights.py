@@ -66,7 +66,8 @@ def check_tensors(config: ModelConfig, tensors: NamedTensors) -> None:
     """
     stored = {name: tensors.spec(name) for name in tensors.names()}
     seen = seen_tensors(stored, config, tensors.directory)
-    _check_tensors(config, seen.specs, tensors.directory, _modules(_empty_model(config, torch.float32)))
+    modules = _modules(_empty_model(config, torch.float32))
+    _check_tensors(config, seen.specs, tensors.directory, modules, _all_expected(modules))
 
 
 def load_model(
@@ -93,13 +94,13 @@ def load_model(
     model = _empty_model(config, dtype)
     modules = _modules(model)
     specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
-    _check_tensors(config, specs, directory, modules)
-    sizes = {name: _module_bytes(checkpoint, name, module) for name, module in modules.items()}
-    done = 0
+    expected = _all_expected(modules)
+    _check_tensors(config, specs, directory, modules, expected)
+    sizes = {name: sum(specs[full].nbytes for full in tensors) for name, tensors in expected.items()}
+    done, total = 0, sum(sizes.values())
     # In the files' order, so that they are read from beginning to end.
-    expected = {name: list(expected_tensors(name, module)) for name, module in modules.items()}
-    in_order = sorted(modules, key=lambda name: checkpoint.position(expected[name][0]))
-    needed = [expected[name] for name in in_order]
+    in_order = sorted(modules, key=lambda name: checkpoint.position(next(iter(expected[name]))))
+    needed = [list(expected[name]) for name in in_order]
     with closing((_staged if device.type == "cuda" else _mapped)(checkpoint, needed, device)) as loading:
         for name, tensors in zip(in_order, loading, strict=True):
             module = modules[name]
@@ -110,7 +111,7 @@ def load_model(
             tensors.clear()  # before more is loaded
             done += sizes[name]
             if on_progress is not None:
-                on_progress(done, sum(sizes.values()))
+                on_progress(done, total)
     return model.eval().requires_grad_(False)
 
 
@@ -261,13 +262,19 @@ def expected_tensors(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]
     }
 
 
+def _all_expected(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {name: expected_tensors(name, module) for name, module in modules.items()}
+
+
 def _check_tensors(
-    config: ModelConfig, specs: Mapping[str, TensorSpec], directory: object, modules: Mapping[str, nn.Module]
+    config: ModelConfig,
+    specs: Mapping[str, TensorSpec],
+    directory: object,
+    modules: Mapping[str, nn.Module],
+    by_module: Mapping[str, Mapping[str, tuple[int, ...]]],
 ) -> None:
     """Every tensor that is needed is there, with its shape and of a type that we run, and none is left over."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, module in modules.items():
-        expected |= expected_tensors(name, module)
+    expected = {name: shape for tensors in by_module.values() for name, shape in tensors.items()}
     _refuse("is missing", expected.keys() - specs.keys(), directory)
     spare = {name for name in specs.keys() - expected.keys() if not _IGNORED.match(name)}
     if config.tied_embeddings:
@@ -302,11 +309,6 @@ def _refuse(what: str, names: set[str], directory: object) -> None:
             f"tensor {first}{more} {what} in {directory}",
             "the checkpoint is incomplete or of another model",
         )
-
-
-def _module_bytes(checkpoint: Checkpoint, name: str, module: nn.Module) -> int:
-    specs = (checkpoint.spec(full) for full in expected_tensors(name, module))
-    return sum(spec.nbytes for spec in specs)
 
 
 def _load_quantized(

@@ -151,3 +151,14 @@ def test_a_build_is_the_same_mapped_and_staged(
     random_checkpoint(tmp_path / "source", dtype="bfloat16", **SHAPE)
     build(tmp_path / "source", tmp_path / "build", scheme)
     assert_same_model(tmp_path / "build", monkeypatch)
+
+
+def test_where_there_is_no_memory_for_a_buffer_the_reader_says_so(
+    mixed_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size_bytes: int, device: torch.device) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(staged_reading, "_host_memory", refuse)
+    with pytest.raises(MemoryError, match="no memory for a buffer of 4096 bytes"):
+        list(read_to_device(places(mixed_file), CPU, buffer_bytes=4096))

@@ -60,8 +60,9 @@ def peak_with_data(
 
     2 · layer + 2 · tensor + c · n_seqs · n_tokens · dim · 4 + c · batch · (the layer's inputs and outputs) · 4 bytes,
     where c is 2 for gptq, which compares with the exact model, else 1; and k · in² · 4 for the second moment of the
-    widest inputs, where k is 4 for gptq, which copies and factors it beside one more moment, else 1; and for gptq 8
-    times the largest weight · 4, or a tile of it, while codes are chosen.
+    widest inputs, where k is 4 for gptq, which copies and factors it beside one more moment, else 1; and for gptq 3
+    times the largest weight · 4, for its target and what that comes from, and 8 times a tile of it while codes are
+    chosen.
     """
     in_layers = [unit.tensors for unit in units_by_layer(planned) if unit.index is not None]
     layer = max(sum(tensor.n_weights for tensor in tensors) for tensors in in_layers) * _WORK_BYTES
@@ -72,8 +73,8 @@ def peak_with_data(
     square = max(tensor.spec.shape[-1] for tensor in quantized) ** 2 * _WORK_BYTES
     if not method.endswith("gptq"):
         return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, states + square)
-    tile = min(TILE_WEIGHTS, max(tensor.n_weights for tensor in quantized)) * _WORK_BYTES
-    calibration = 2 * states + 4 * square + TILE_COPIES * tile
+    weight = max(tensor.n_weights for tensor in quantized)
+    calibration = 2 * states + 4 * square + (3 * weight + TILE_COPIES * min(TILE_WEIGHTS, weight)) * _WORK_BYTES
     return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, calibration)
 
 

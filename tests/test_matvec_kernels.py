@@ -171,6 +171,20 @@ def test_zeros_give_zeros(generator: torch.Generator) -> None:
     assert torch.equal(y, torch.zeros_like(y))
 
 
+@pytest.mark.parametrize(("bits", "rounding"), [(4, "int8"), (8, "half")])
+@pytest.mark.parametrize("small", [1e-29, 1e-36, 1e-38])
+def test_activations_too_small_to_be_scaled_give_nothing_and_harm_nothing(
+    generator: torch.Generator, small: float, bits: int, rounding: Rounding
+) -> None:
+    """127 over the largest of a quad is infinite below 4e-37."""
+    weight = quantized(generator, 32, 64, bits=bits)
+    x = rows(generator, 1, 64)
+    x[:, :32] *= small
+    y = x.new_empty(1, 32)
+    matvec(packed(x, bits, rounding), weight, y)
+    assert error(y, x @ dense_of(weight).T) < BOUND[rounding]
+
+
 CHAINS = [
     (4, 4, 1, 4),
     (8, 4, 3, 2),

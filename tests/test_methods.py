@@ -18,7 +18,7 @@ from quant.method import Compare
 from quant.methods.awq import clipped_codes
 from quant.methods.descent import descended
 from quant.methods.folding import Channels, best_scale, divided, folded
-from quant.methods.gptq import Factor, Gptq, gptq_codes, target
+from quant.methods.gptq import Factor, Gptq, gptq_codes, improved_codes, target
 from quant.methods.hqq import EXPONENT, half_quadratic
 from quant.methods.inputs import Inputs, compared_inputs
 from quant.methods.rtn import round_to_nearest
@@ -213,6 +213,23 @@ def test_descent_keeps_a_group_of_zeros() -> None:
     assert not found.dequantized().any() and found.scales.isfinite().all() and found.scales.all()
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_at_inputs_that_are_never_used_harm_no_other_group(
+    symmetric: bool, scale_dtype: torch.dtype
+) -> None:
+    """As padded or pruned channels are. Small inputs: one over the least scale times their mean square is infinite."""
+    weight, moment = weights_and_inputs()
+    unused = slice(64, 96)
+    weight[:, unused], moment[:, unused], moment[unused] = 0, 0, 0
+    factor, scheme = Factor.of(moment * 1e-3, damping=0.01), Affine(4, 32, symmetric)
+    found = improved_codes(weight, factor, scheme, scale_dtype)
+    assert not found.dequantized()[:, unused].abs().gt(1e-30).any()
+    assert output_error(weight, found, moment) < 0.95 * output_error(
+        weight, gptq_codes(weight, factor, scheme, scale_dtype), moment
+    )
+
+
 @dataclass
 class Beside:
     """A calibration of a layer of which one linear's inputs are known: x̂, x, and the residual stream at both."""
@@ -249,6 +266,18 @@ def test_gptq_makes_up_for_what_inputs_and_the_residual_stream_lack() -> None:
         return float((h_given[2000:] + given[2000:] @ weight.T - expected).square().mean())
 
     assert error(target(weight, inputs)) < 0.2 * error(weight)  # 0.15: the ridge keeps a part of it
+
+
+@pytest.mark.parametrize("damaged", ["seen", "exact", "stream"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_in_either_model_is_refused(damaged: str, value: float) -> None:
+    name, stream = f"{LAYER}mlp.down_proj.weight", f"{LAYER}post_attention_layernorm.weight"
+    weights = {name: torch.ones(48, 32), stream: torch.ones(48)}
+    seen, exact = ({name: torch.ones(900, 32), stream: torch.ones(900, 48)} for _ in range(2))
+    (seen if damaged == "seen" else exact)[stream if damaged == "stream" else name][800, -1] = value
+    calibration = Beside(seen, exact)
+    with pytest.raises(IntegrityError, match=r"inputs of \S+down_proj.weight are not finite"):
+        compared_inputs(calibration, 0, weights, weights, name)  # type: ignore[arg-type]
 
 
 def test_nothing_is_learnt_from_fewer_tokens_than_there_are_inputs() -> None:

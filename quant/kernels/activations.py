@@ -151,7 +151,7 @@ def pack(
         quads = tl.reshape(values, [ROWS, COLUMNS // QUAD, QUAD])
         largest = tl.max(tl.abs(quads), axis=2)
         top: tl.constexpr = 127.0 if ROUNDING == "int8" else 1.0
-        to_unit = tl.where(largest > 0, top / largest, 0.0)
+        to_unit = tl.where(largest > 1e-30, top / largest, 0.0)  # below 4e-37 it would be infinite
         quads = quads * to_unit[:, :, None]
         quads = tl.floor(quads + 0.5) if ROUNDING == "int8" else quads.to(tl.float16).to(tl.float32)
         scale = largest / top

@@ -72,7 +72,7 @@ def _better_levels(
 ) -> None:
     """Set the levels of a group to the best ones, column by column; shapes as in `_better_scale`."""
     steps = 1 / (block.diagonal()[:, None] * scale)  # from a slope to levels
-    steps.masked_fill_(steps.isinf(), 0)  # a group of zeros has the least scale there is, and may have no slope
+    steps.masked_fill_(steps.isinf(), 0)  # where all are 0, at the least scale: 0 · inf is NaN
     for j in range(len(levels)):
         best = torch.addcmul(levels[j], slopes[j], steps[j]).round_().clamp_(lowest, highest)
         change = (levels[j] - best).mul_(scale)

@@ -96,8 +96,10 @@ def target(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         missing += inputs.drift
     damped = inputs.moment.clone()
     damped.diagonal().add_(RIDGE * (float(damped.diagonal().mean()) or 1.0))
-    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped)).T
-    return weight + max(0.0, 1 - len(damped) / inputs.n_tokens) * change
+    lower = torch.linalg.cholesky(damped)
+    del damped  # the solver copies its factor
+    change = torch.cholesky_solve(missing.T, lower).T
+    return weight + max(0.0, 1 - len(lower) / inputs.n_tokens) * change
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def second_moment(
     """
     moment = Mean()
     calibration.run(index, weights, {name}, lambda name, x: moment.add(x, x))
-    return _finite(moment.value(), name)
+    mean = moment.value()
+    _require_finite(mean.diagonal(), name)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def compared_inputs(
 
     calibration.compare(index, weights, exact, {name} if stream is None else {name, stream}, observe)
     added_to = None if stream is None else drift.value()
-    return Inputs(_finite(moment.value(), name), deviation.value(), added_to, moment.n_tokens)
+    inputs = Inputs(moment.value(), deviation.value(), added_to, moment.n_tokens)
+    for mean in (inputs.deviation, inputs.drift):  # what is not finite in the exact model fills a row of one
+        if mean is not None:
+            _require_finite(mean[:, 0], name)
+    _require_finite(inputs.moment.diagonal(), name)
+    return inputs
 
 
 class Mean:
@@ -111,13 +118,13 @@ class Mean:
         return self._sum.div_(self.n_tokens)
 
 
-def _finite(moment: torch.Tensor, name: str) -> torch.Tensor:
-    if not moment.diagonal().isfinite().all():  # no other value is larger than the largest of these
+def _require_finite(values: torch.Tensor, name: str) -> None:
+    """Of a second moment the diagonal is enough: no other value is larger than the largest of these."""
+    if not values.isfinite().all():
         raise IntegrityError(
             f"the inputs of {name} are not finite on the calibration text",
             "the model is damaged: pull it again, or calibrate in float32",
         )
-    return moment
 
 
 def affine(scheme: "Scheme") -> Affine:

@@ -4,7 +4,7 @@ A step is an embedding, five launches for each layer, the head and the sampler. 
 does for one token of each sequence, which is its reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from mistralcli.cache import KVCache, LayerCache
 from mistralcli.config import ModelConfig
 from mistralcli.kernels.decode_attention import Scratch, decode_attention
 from mistralcli.kernels.embed import embed
-from mistralcli.kernels.sample import DeviceSampler
+from mistralcli.kernels.sample import DeviceSampler, Params
 from mistralcli.model import Linear, Transformer, TransformerBlock
 from quant.kernels.activations import BLOCK, TENSOR_CORE_ROWS, Activations
 from quant.kernels.matmul import ROUNDINGS
@@ -109,6 +109,32 @@ class Decoder:
         self.step()
         return self.logits
 
+    def choose_first(
+        self, index: int, logits: torch.Tensor, params: Params, seed: int, token_ids: Collection[int]
+    ) -> None:
+        """Choose the id that follows a sequence's `token_ids`, by logits (vocab_size,) float32.
+
+        Steps choose the ids behind it, with the same parameters. Nothing here and below waits for the device.
+        """
+        self.sampler.set_sequence(index, params, seed, token_ids)
+        self.sampler.sample(logits[None].contiguous(), self.token_ids, first=index)
+
+    def put(self, token_ids: Mapping[int, int]) -> None:
+        """Have the next step read these ids of some sequences, by index, instead of those that were chosen."""
+        pairs = torch.tensor([list(token_ids), list(token_ids.values())], dtype=torch.int64)
+        indices, ids = pairs.to(self.token_ids.device, non_blocking=True)
+        self.token_ids.index_copy_(0, indices, ids)
+
+    def rest(self, indices: Collection[int]) -> None:
+        """Forget what some sequences hold, so that the next step has the least to attend to."""
+        if indices:
+            at = torch.tensor(list(indices), dtype=torch.int64).to(self.token_ids.device, non_blocking=True)
+            self._cache.last.index_fill_(0, at, 0)
+
+    def read(self) -> "Reading":
+        """Begin to read `token_ids`; steps may be launched before it has ended."""
+        return Reading(self.token_ids)
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         self._launch()  # compiles the kernels
         torch.cuda.synchronize()
@@ -196,6 +222,24 @@ class Decoder:
             counters=own.counters,
             pdl=pdl,
         )
+
+
+class Reading:
+    """Ids on their way from the device to the host, behind which the device goes on."""
+
+    def __init__(self, token_ids: torch.Tensor) -> None:
+        on_cuda = token_ids.is_cuda
+        self._host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=on_cuda)
+        self._host.copy_(token_ids, non_blocking=True)
+        self._done = torch.cuda.Event() if on_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def wait(self) -> list[int]:
+        """The ids of all sequences, negative where none could be chosen."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
 
 
 class _Buffers:

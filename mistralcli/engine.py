@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from mistralcli.cache import DEFAULT_SLACK, KVCache
 from mistralcli.device import out_of_memory_as
-from mistralcli.errors import ContextOverflowError
+from mistralcli.errors import ContextOverflowError, NotEnoughMemoryError
 from mistralcli.model import Transformer
-from mistralcli.prefill import CapturedForward
+from mistralcli.prefill import CapturedForward, CapturedPrompts
 from mistralcli.sampling import Sampler, not_a_number
 from mistralcli.sequences import common_length
 
@@ -68,6 +69,7 @@ class Engine:
         self.decoder = self._make_decoder()
         self._cpu_decoder = self._make_cpu_decoder()
         self._captured = None if self.decoder is None else CapturedForward(model, self.cache, chunk)
+        self._prompts = self._make_prompts()
         if self.decoder is not None:
             self._warm_up(self.decoder)
 
@@ -94,10 +96,20 @@ class Engine:
             return None
         return CpuDecoder(self.model, self.cache) if can_decode(self.model, self.cache) else None
 
+    def _make_prompts(self) -> CapturedPrompts | None:
+        """What runs the prompts of single sequences of several, where steps are captured and memory is left for it."""
+        if self.decoder is None or len(self.cache.last) == 1:
+            return None
+        try:
+            return CapturedPrompts(self.model, self.cache, self.chunk)
+        except NotEnoughMemoryError:
+            return None
+
     def _warm_up(self, decoder: "Decoder") -> None:
         """Compile what a prompt takes besides the captured step now, or load it from Triton's cache."""
         for wanted in WARM_UP_TOKENS:
-            logits = self._extend([0] * min(wanted, self.chunk, self.max_seq_len - 1))
+            token_ids = [0] * min(wanted, self.chunk, self.max_seq_len - 1)
+            logits = self._extend(token_ids) if self._prompts is None else self.start({0: token_ids})[0]
             decoder.sampler.sample(logits.expand(len(decoder.token_ids), -1).contiguous(), decoder.token_ids)
             self.cache.rewind(0)
             self.token_ids = []
@@ -149,15 +161,14 @@ class Engine:
         So the cache may hold an id more than was yielded, such as the one that ended the completion; `token_ids`
         says so, and the next prompt rewinds it.
         """
-        decoder.sampler.set(sampler.params, sampler.seed, [self.token_ids])
-        decoder.sampler.sample(logits[None].contiguous(), decoder.token_ids)
-        reading = _Reading(decoder.token_ids)
+        decoder.choose_first(0, logits, sampler.params, sampler.seed, self.token_ids)
+        reading = decoder.read()
         for n_left in range(n_most, 0, -1):
             this = reading
             if n_left > 1:
                 decoder.step()
-                reading = _Reading(decoder.token_ids)
-            token_id = this.wait()
+                reading = decoder.read()
+            token_id = this.wait()[0]
             if token_id < 0:
                 raise not_a_number()
             if n_left > 1:
@@ -223,14 +234,17 @@ class Engine:
 
         cache: that of one sequence, instead of the engine's.
         """
-        with out_of_memory_as(
-            f"{self.device} ran out of memory with {int(positions.max()) + 1} positions in the cache",
-            "ask for a shorter --ctx or a smaller --chunk, or close other programs",
-        ):
+        with self._memory_for(int(positions.max()) + 1):
             if cache is None and self._captured is not None:
                 return self._captured(token_ids, positions)
             hidden: torch.Tensor = self.model(token_ids.to(self.device), positions, cache or self.cache)
         return hidden
+
+    def _memory_for(self, n_positions: int) -> AbstractContextManager[None]:
+        return out_of_memory_as(
+            f"{self.device} ran out of memory with {n_positions} positions in the cache",
+            "ask for a shorter --ctx or a smaller --chunk, or close other programs",
+        )
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -278,13 +292,20 @@ class Engine:
                 self.cache.last[index] = -1
                 together[index] = token_ids
             else:
-                logits[index] = self._start_alone(self.cache.sequence(index, len(token_ids)), token_ids)
+                logits[index] = self._start_alone(index, token_ids)
         if self._cpu_decoder is not None and together:
             logits |= zip(together, self._cpu_decoder.append(together).clone(), strict=True)
         return logits
 
-    def _start_alone(self, cache: KVCache, token_ids: Sequence[int]) -> torch.Tensor:
-        """`start` of one sequence, which the cache is that of, by the model's forward pass."""
+    @torch.no_grad()
+    def _start_alone(self, index: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """`start` of one sequence by the model's forward pass, captured where it can be."""
+        if self._prompts is not None and len(token_ids) <= self._prompts.most_tokens:
+            with self._memory_for(len(token_ids)):
+                return self._logits(self._prompts(index, token_ids))
+        is_only = len(self.cache.last) == 1
+        one = self.cache.sequence(index, len(token_ids))
+        cache = None if is_only and self._captured is not None else one
         for start in range(0, len(token_ids), self.chunk):
             part = torch.tensor([token_ids[start : start + self.chunk]])
             positions = torch.arange(start, start + part.shape[1])[None]
@@ -325,18 +346,3 @@ def _padded(prompts: Sequence[Sequence[int]], start: int, stop: int) -> torch.Te
     """Columns start … stop of the prompts, short ones filled with id 0: (n_seqs, stop − start)."""
     rows = [list(prompt[start:stop]) for prompt in prompts]
     return torch.tensor([row + [0] * (stop - start - len(row)) for row in rows])
-
-
-class _Reading:
-    """An id on its way from the device to the host, behind which the device goes on."""
-
-    def __init__(self, token_ids: torch.Tensor) -> None:
-        self._host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        self._host.copy_(token_ids, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def wait(self) -> int:
-        """The first sequence's id."""
-        self._done.synchronize()
-        return int(self._host[0])

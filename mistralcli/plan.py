@@ -9,6 +9,7 @@ from mistralcli.config import ModelConfig
 from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_CHUNK, LARGE_CUDA_SLACK
 from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.ops import attention
+from mistralcli.prefill import MOST_STAGED
 from mistralcli.units import size_text
 from mistralcli.weights import LoadedSizes
 
@@ -122,10 +123,12 @@ def plan_memory(config: ModelConfig, demand: Demand, ctx: int, free_bytes: int) 
     chunk = min(demand.chunk, ctx)
     running = _activations_bytes(config, demand, chunk) + _attention_bytes(config, demand, ctx)
     fixed = 4 * config.vocab_size * 4 * demand.n_seqs
+    cache_dtype = demand.cache_dtype or demand.dtype
     if demand.device_type == "cuda":
         # Chunks share their memory, captured or not, but each graph keeps its result.
         fixed += _CUDA_BYTES + (chunk + 4096) * config.dim * demand.dtype.itemsize
-    cache_dtype = demand.cache_dtype or demand.dtype
+        if demand.n_seqs > 1:  # the cache that a prompt is in before it is copied to its sequence's
+            fixed += cache_size_bytes(config, min(ctx, MOST_STAGED), slack=demand.slack, dtype=cache_dtype)
     cache = cache_size_bytes(config, ctx, n_seqs=demand.n_seqs, slack=demand.slack, dtype=cache_dtype)
     slots = n_slots_by_layer(config, ctx, demand.slack)
     # On the CPU the buffers of a layer grow, and are there twice for a while.

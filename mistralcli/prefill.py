@@ -4,7 +4,7 @@ A chunk's ids and positions lie at fixed addresses; a chunk shorter than its gra
 captured is `Transformer.forward` itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LENGTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """Graphs' lengths, besides the chunk's own. Chunks between the last of them and a whole one run without a graph: they
 keep a GPU busy for longer than their launches take."""
+
+MOST_STAGED = 512
+"""Tokens of a prompt that is copied to its sequence: 64 MiB for a 7B model. A longer one keeps a GPU busy anyhow."""
 
 
 class CapturedForward:
@@ -105,6 +108,51 @@ class CapturedForward:
         return hidden
 
 
+class CapturedPrompts:
+    """The prompts of single sequences of a cache of several, through graphs that serve them all.
+
+    A graph writes to fixed addresses, and one for each sequence would be captured as often as there are sequences. So
+    a prompt goes into a cache of its own, and from there to its place: a copy of 128 KiB a token for a 7B model.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, chunk: int) -> None:
+        """Takes the memory of MOST_STAGED positions.
+
+        Raises:
+            NotEnoughMemoryError: the device has no room for it.
+        """
+        self._cache = cache
+        # Position p lies in slot p of both caches.
+        self.most_tokens = min(MOST_STAGED, *(ring.capacity for ring in cache.rings))
+        self._chunk = min(chunk, self.most_tokens)
+        self._staged = KVCache(
+            model.config,
+            max_seq_len=self.most_tokens,
+            slack=cache.slack,
+            dtype=cache.dtype,
+            device=cache.last.device,
+        )
+        self._captured = CapturedForward(model, self._staged, self._chunk)
+
+    def __call__(self, index: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """Begin a sequence afresh with a prompt of at most `most_tokens`.
+
+        Returns the hidden states after its last token, (dim,), valid until the next call.
+        """
+        n_tokens = len(token_ids)
+        self._staged.rewind(0)
+        for start in range(0, n_tokens, self._chunk):
+            part = torch.tensor([token_ids[start : start + self._chunk]])
+            hidden = self._captured(part, torch.arange(start, start + part.shape[1])[None])
+        one = self._cache.sequence(index, n_tokens)
+        for staged, layer in zip(self._staged.layers, one.layers, strict=True):
+            buffers = layer.buffers()
+            for name, buffer in staged.buffers().items():
+                buffers[name][:, :, :n_tokens].copy_(buffer[:, :, :n_tokens])
+        one.last.fill_(n_tokens - 1)
+        return hidden[0, -1]
+
+
 def _ahead(device: torch.device) -> "Ahead":
     """What dequantizes weights ahead of the products that take them."""
     from quant.kernels.ahead import Ahead  # takes Triton, which is there where anything is captured
@@ -129,7 +177,8 @@ class _Chunk:
         return _Chunk(ids, torch.empty_like(ids))
 
     def fill(self, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Does not wait for the device: a step may be under way before the chunk."""
         n_tokens = token_ids.shape[1]
-        self.token_ids[:, :n_tokens] = token_ids.to(self.token_ids.device)
+        self.token_ids[:, :n_tokens] = token_ids.to(self.token_ids.device, non_blocking=True)
         self.positions.fill_(-1)
-        self.positions[:, :n_tokens] = positions.to(self.positions.device)
+        self.positions[:, :n_tokens] = positions.to(self.positions.device, non_blocking=True)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from mistralcli import prefill
 from mistralcli.cache import KVCache
 from mistralcli.model import Transformer
-from mistralcli.prefill import CapturedForward
+from mistralcli.prefill import CapturedForward, CapturedPrompts
 from mistralcli.weights import load_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,8 +25,10 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return load_model(tmp_path, device=DEVICE, dtype=torch.float32)
 
 
-def cache_of(model: Transformer, n_seqs: int) -> KVCache:
-    return KVCache(model.config, max_seq_len=MAX_SEQ_LEN, n_seqs=n_seqs, slack=SLACK, device=DEVICE)
+def cache_of(model: Transformer, n_seqs: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(
+        model.config, max_seq_len=MAX_SEQ_LEN, n_seqs=n_seqs, slack=SLACK, dtype=dtype, device=DEVICE
+    )
 
 
 def chunks_of(n_tokens: list[int], n_seqs: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -75,3 +77,33 @@ def test_a_chunk_beyond_the_context_is_refused(model: Transformer) -> None:
     positions = torch.arange(MAX_SEQ_LEN - 1, MAX_SEQ_LEN + 1)[None]
     with pytest.raises(AssertionError, match=f"position {MAX_SEQ_LEN} in a cache of {MAX_SEQ_LEN}"):
         captured(torch.zeros(1, 2, dtype=torch.int64), positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("chunk", [3, CHUNK])
+@torch.no_grad()
+def test_a_prompt_is_in_its_place_as_if_it_had_been_run_there(
+    model: Transformer, dtype: torch.dtype, chunk: int
+) -> None:
+    cache, plain_cache = (cache_of(model, 3, dtype) for _ in "ab")
+    prompts = CapturedPrompts(model, cache, chunk)
+    most = 8 if any(ring.sliding_window for ring in cache.rings) else MAX_SEQ_LEN
+    assert prompts.most_tokens == most  # a ring of 6 + 3 − 1 slots, or the context
+    for cache_ in (cache, plain_cache):
+        cache_.reserve(MAX_SEQ_LEN)
+    torch.manual_seed(0)
+    # Each length as it is, captured and replayed; shorter ones where longer ones have been.
+    for index, n_tokens in [(0, 7), (2, 5), (1, 8), (0, 6), (2, 8), (2, 1), (1, 7), (0, 2)]:
+        ids = torch.randint(64, (1, n_tokens))
+        hidden = prompts(index, ids[0].tolist())
+        one = plain_cache.sequence(index, n_tokens)
+        expected = model(ids.to(DEVICE), torch.arange(n_tokens)[None], one)
+        # A float32 that differs in its last bit may be rounded to the next code.
+        atol = 1e-2 if dtype == torch.int8 else 2e-5
+        torch.testing.assert_close(hidden, expected[0, -1], atol=atol, rtol=1e-5)
+        assert cache.last.tolist() == plain_cache.last.tolist() and cache.furthest == plain_cache.furthest
+        for layer, plain_layer in zip(cache.layers, plain_cache.layers, strict=True):
+            plain = plain_layer.buffers()
+            for name, buffer in layer.buffers().items():
+                atol = 1 if buffer.dtype == torch.int8 else 2e-5
+                torch.testing.assert_close(buffer, plain[name], atol=atol, rtol=1e-5)

@@ -191,10 +191,10 @@ def test_zeros_of_both_signs_are_equal() -> None:
 
 @triton.jit
 def gumbel_kernel(out, seed, n_draw, N: tl.constexpr):
-    sequence = tl.program_id(0)
+    draw = tl.program_id(0)
     ids = tl.arange(0, N)
-    noise = sample._gumbel(seed, ids, tl.load(n_draw), sequence)
-    tl.store(out + sequence * N + ids, noise)
+    noise = sample._gumbel(seed, ids, tl.load(n_draw) + draw)
+    tl.store(out + draw * N + ids, noise)
 
 
 def test_the_noise_has_the_gumbel_distribution() -> None:
@@ -218,7 +218,8 @@ def test_draws_follow_the_distribution(params: dict[str, float], monkeypatch: py
     p = torch.tensor([0.3, 0.02, 0.25, 0.13, 0.1, 0.02, 0.14, 0.04])
     n_seqs = 128 if params else 256
     sampler = DeviceSampler(n_seqs, 8, DEVICE)
-    sampler.set(SamplingParams(temperature=0.5, **params), 11, None)
+    for index in range(n_seqs):
+        sampler.set_sequence(index, SamplingParams(temperature=0.5, **params), 11 + index, [])
     ids = torch.tensor(draws(sampler, (p.log() * 0.5).expand(n_seqs, 8).contiguous())).flatten()
     kept = p >= p.max() * params.get("min_p", 0)
     expected = p.where(kept, 0) / p[kept].sum() * len(ids)
@@ -234,14 +235,15 @@ def test_rare_tokens_are_as_rare_as_they_should_be() -> None:
     logits = torch.full((1024, 100_001), math.log(1e-6))
     logits[:, 0] = math.log(0.9)
     sampler = DeviceSampler(1024, 100_001, DEVICE)
-    sampler.set(SamplingParams(temperature=1), 1, None)
+    for index in range(1024):
+        sampler.set_sequence(index, SamplingParams(temperature=1), 1 + index, [])
     ids = torch.tensor(draws(sampler, logits, 40))
     share = float((ids > 0).float().mean())
     assert abs(share - 0.1) < 4 * math.sqrt(0.1 * 0.9 / ids.numel())
     assert len(ids[ids > 0].unique()) > 0.95 * (ids > 0).sum()
 
 
-def test_a_seed_repeats_the_ids_and_another_seed_and_another_sequence_do_not() -> None:
+def test_a_seed_repeats_the_ids_in_every_sequence_and_another_seed_does_not() -> None:
     logits = torch.zeros(2, 1000)
     sampler = DeviceSampler(2, 1000, DEVICE)
     drawn = {}
@@ -252,7 +254,54 @@ def test_a_seed_repeats_the_ids_and_another_seed_and_another_sequence_do_not() -
             assert drawn.setdefault(seed, ids) == ids
     assert drawn[7] != drawn[8] and drawn[7] != drawn[7 + 2**40]
     first, second = zip(*drawn[7], strict=True)
-    assert first != second and len(set(first)) > 5
+    assert first == second and len(set(first)) > 5
+
+
+PARAMETERS = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8, "repeat_penalty": 1.4},
+    {"temperature": 0.9, "min_p": 0.05},
+    {"temperature": 0, "repeat_penalty": 3.0},
+]
+"""Of sequences that are decoded together."""
+
+
+def test_each_sequence_has_its_own_parameters_and_draws_what_it_draws_alone_in_any_row() -> None:
+    logits = randn(len(PARAMETERS), 1500) * 2
+    seen = [row.topk(3).indices.tolist() for row in logits]
+    alone = []
+    for i, parameters in enumerate(PARAMETERS):
+        one = DeviceSampler(1, 1500, DEVICE)
+        one.set(SamplingParams(**parameters), 2**40 + i, [seen[i]])
+        alone.append([ids[0] for ids in draws(one, logits[i : i + 1], 3)])
+    assert alone[0] == [int(logits[0].argmax())] * 3
+    assert alone[5][0] == int(penalize(logits[5], seen[5], 3.0).argmax())
+    for order in ([0, 1, 2, 3, 4, 5], [3, 5, 1, 4, 0, 2]):
+        together = DeviceSampler(len(PARAMETERS), 1500, DEVICE)
+        for row, i in enumerate(order):
+            together.set_sequence(row, SamplingParams(**PARAMETERS[i]), 2**40 + i, seen[i])
+        columns = zip(*draws(together, logits[order], 3), strict=True)
+        assert [list(column) for column in columns] == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.7}], ids=["all", "truncated"])
+def test_a_sequence_that_begins_anew_leaves_the_others_where_they_are(params: dict[str, float]) -> None:
+    logits = randn(3, 1100)
+    drawing = SamplingParams(temperature=1.5, repeat_penalty=1.5, **params)
+    undisturbed, sampler = (DeviceSampler(3, 1100, DEVICE) for _ in "ab")
+    for one in (undisturbed, sampler):
+        for index in range(3):
+            one.set_sequence(index, drawing, index, [index])
+    expected = draws(undisturbed, logits, 4)
+    assert draws(sampler, logits, 2) == expected[:2]
+    ids = torch.tensor([70, 71, 72], device=DEVICE)
+    sampler.set_sequence(1, drawing, 1, [1])
+    sampler.sample(logits[1:2].to(DEVICE), ids, first=1)
+    assert ids.tolist() == [70, expected[0][1], 72]
+    for (a, b, c), (_, again, _) in zip(expected[2:], expected[1:], strict=False):
+        assert draws(sampler, logits) == [[a, again, c]] and again != b
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9}])
@@ -331,6 +380,7 @@ def test_one_captured_graph_serves_all_parameters(pdl: bool) -> None:
         params = SamplingParams(**{"temperature": 1.0, **case})
         for one in (sampler, eager):
             one.set(params, 5, [[1], [2], [], [3]])
+            one.set_sequence(2, SamplingParams(**{"temperature": 0.5, **case}), 6, [7])
         for _ in range(3):
             graph.replay()
             assert ids.tolist() == draws(eager, logits)[0]

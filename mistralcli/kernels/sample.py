@@ -6,12 +6,12 @@ chunks. Only where top-k, top-p or min-p is set does it read logits again: it ga
 the least one kept by bisection on their bits, since sorting is slow here.
 
 A draw is the token with the greatest sum of logit and Gumbel noise (Maddison et al. 2014): the best of any part of the
-vocabulary is a draw from that part. The noise is Philox's (Salmon et al. 2011) of the seed and (id, draw, sequence), so
-it needs no state but the number of the draw, and truncation does not change it.
+vocabulary is a draw from that part. The noise is Philox's (Salmon et al. 2011) of the seed and (id, draw), so it needs
+no state but the number of the draw, and neither truncation nor the sequences beside it change it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -44,10 +44,10 @@ class Params(Protocol):
 class DeviceSampler:
     """A seeded chooser of the next ids of `n_seqs` sequences, whose parameters and state are on the device.
 
-    One captured graph of `sample` serves all parameters. Beside `mistralcli.sampling.Sampler`:
+    Each sequence has its own, and one captured graph of `sample` serves all. Beside `mistralcli.sampling.Sampler`:
     - it computes in float32: a token whose mass or logit is within 1e-5 of a bound may fall on its other side;
     - top-p keeps all tokens equal to the least likely one kept, where sorting takes as many as are needed;
-    - a seed gives other tokens. Sequences draw differently under the same seed.
+    - a seed gives other tokens, the same ones in whichever sequence.
 
     `seen` (n_seqs, vocab_size) uint8 has 1 for ids that have occurred. `least` (n_seqs,) float32 is, where a draw was
     truncated, the least logit after the penalty that was kept.
@@ -61,9 +61,9 @@ class DeviceSampler:
         n_chunks = triton.cdiv(vocab_size, CHUNK)
         self._allowed = torch.zeros(n_seqs, triton.cdiv(vocab_size, 32), dtype=torch.int32, device=device)
         self._is_masked = torch.zeros(1, dtype=torch.int32, device=device)
-        # temperature, top_p, log(min_p), repeat_penalty; seed, top_k
-        self._floats = torch.tensor([0.0, 1.0, -math.inf, 1.0], device=device)
-        self._ints = torch.zeros(2, dtype=torch.int64, device=device)
+        # Of each sequence: temperature, top_p, log(min_p), repeat_penalty; seed, top_k.
+        self._floats = torch.tensor([0.0, 1.0, -math.inf, 1.0], device=device).repeat(n_seqs, 1)
+        self._ints = torch.zeros(n_seqs, 2, dtype=torch.int64, device=device)
         self._n_draws = torch.zeros(n_seqs, dtype=torch.int32, device=device)
         # Of each chunk: largest logit, mass relative to it, largest logit with noise; the ids of the two largest.
         self._chunk_floats = torch.empty(n_seqs, 3, n_chunks, device=device)
@@ -73,9 +73,15 @@ class DeviceSampler:
         self._near_ids = torch.empty(n_seqs, vocab_size, dtype=torch.int32, device=device)
 
     def set(self, params: Params, seed: int, seen_ids: Sequence[Sequence[int]] | None) -> None:
-        """Begin anew with these parameters: draw 0 of `seed`, and of each sequence the ids that it has so far.
+        """`set_sequence` of all sequences, which draw alike; `seen_ids`: those of each, the first sequence first."""
+        for index, ids in zip(range(len(self.seen)), seen_ids or [()] * len(self.seen), strict=True):
+            self.set_sequence(index, params, seed, ids)
 
-        A temperature that is not 0 is taken as at least 1e-30 and at most 1e30. A mask stays as it is.
+    def set_sequence(self, index: int, params: Params, seed: int, seen_ids: Collection[int]) -> None:
+        """Begin a sequence anew with these parameters: draw 0 of `seed`, and the ids that it has so far.
+
+        A temperature that is not 0 is taken as at least 1e-30 and at most 1e30. A mask stays as it is. Nothing here
+        waits for the device.
         """
         temperature = params.temperature
         if temperature > 0:
@@ -83,12 +89,12 @@ class DeviceSampler:
         top_p = max(params.top_p, 1e-30)
         log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
         top_k = params.top_k if params.top_k < self.vocab_size else 0
-        self._floats.copy_(torch.tensor([temperature, top_p, log_min_p, params.repeat_penalty]))
-        self._ints.copy_(torch.tensor([seed, top_k]))
-        self._n_draws.zero_()
-        self.seen.zero_()
-        for i, ids in enumerate(seen_ids or []):
-            self.seen[i, torch.tensor(sorted(set(ids)), dtype=torch.int64, device=self.seen.device)] = 1
+        floats = torch.tensor([temperature, top_p, log_min_p, params.repeat_penalty])
+        self._floats[index].copy_(floats, non_blocking=True)
+        self._ints[index].copy_(torch.tensor([seed, top_k]), non_blocking=True)
+        self._n_draws[index].zero_()
+        ids = torch.tensor(sorted(set(seen_ids)), dtype=torch.int64)
+        self.seen[index].zero_().index_fill_(0, ids.to(self.seen.device, non_blocking=True), 1)
 
     def allow(self, mask: torch.Tensor | None) -> None:
         """Draw only the ids whose bit is set, from the next draw on; None allows all.
@@ -99,17 +105,22 @@ class DeviceSampler:
         if mask is not None:
             self._allowed.copy_(mask)
 
-    def sample(self, logits: torch.Tensor, token_ids: torch.Tensor, *, pdl: bool = False) -> None:
-        """Choose from logits (n_seqs, vocab_size) float32 into token_ids (n_seqs,) int64, and mark the ids as seen.
+    def sample(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, *, first: int = 0, pdl: bool = False
+    ) -> None:
+        """Choose from logits (n, vocab_size) float32 into token_ids (n_seqs,) int64, and mark the ids as seen.
 
-        Of logits with a NaN or +∞, and where no finite one is allowed, the id is −1. With `pdl` the launch may
-        overlap the one before it. Can be captured.
+        The rows belong to the sequences from `first` on; those of others stay as they are. Of logits with a NaN or
+        +∞, and where no finite one is allowed, the id is −1. With `pdl` the launch may overlap the one before it. Can
+        be captured.
         """
-        n_seqs, n_chunks = len(self.seen), self._chunk_ids.shape[2]
-        assert logits.shape == self.seen.shape and logits.dtype == torch.float32 and logits.is_contiguous()
-        assert token_ids.shape == (n_seqs,) and token_ids.dtype == torch.int64
+        n_chunks = self._chunk_ids.shape[2]
+        n, vocab_size = logits.shape
+        assert vocab_size == self.vocab_size and logits.dtype == torch.float32 and logits.is_contiguous()
+        assert first >= 0 and first + n <= len(self.seen)
+        assert token_ids.shape == (len(self.seen),) and token_ids.dtype == torch.int64
         options = {"launch_pdl": True} if pdl else {}
-        _adjust_kernel[(n_seqs, n_chunks)](
+        _adjust_kernel[(n, n_chunks)](
             logits,
             self.seen,
             self._allowed,
@@ -120,13 +131,14 @@ class DeviceSampler:
             self._adjusted,
             self._chunk_floats,
             self._chunk_ids,
+            first,
             self.vocab_size,
             CHUNK=CHUNK,
             PDL=pdl,
             num_warps=4,
             **options,
         )
-        _choose_kernel[(n_seqs,)](
+        _choose_kernel[(n,)](
             self._adjusted,
             self._chunk_floats,
             self._chunk_ids,
@@ -138,6 +150,7 @@ class DeviceSampler:
             self.least,
             self.seen,
             token_ids,
+            first,
             self.vocab_size,
             n_chunks,
             CHUNKS=triton.next_power_of_2(n_chunks),
@@ -148,7 +161,7 @@ class DeviceSampler:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _adjust_kernel(
     logits,
     seen,
@@ -160,6 +173,7 @@ def _adjust_kernel(
     adjusted,
     chunk_floats,
     chunk_ids,
+    first,
     vocab_size,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
@@ -168,17 +182,18 @@ def _adjust_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    sequence = tl.program_id(0)
+    sequence = first + tl.program_id(0)
     chunk = tl.program_id(1)
     n_chunks = tl.num_programs(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     in_vocab = ids < vocab_size
     at = sequence * vocab_size + ids
-    x = tl.load(logits + at, mask=in_vocab, other=-float("inf"))
+    x = tl.load(logits + tl.program_id(0) * vocab_size + ids, mask=in_vocab, other=-float("inf"))
     is_damaged = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0)
     if tl.load(is_masked) != 0:
         words = tl.load(allowed + sequence * tl.cdiv(vocab_size, 32) + ids // 32, mask=in_vocab, other=0)
         x = tl.where((words >> (ids % 32)) & 1 != 0, x, -float("inf"))
+    floats += sequence * 4
     penalty = tl.load(floats + 3)
     if penalty != 1.0:
         penalized = tl.where(x > 0, x / penalty, x * penalty)
@@ -195,14 +210,14 @@ def _adjust_kernel(
         tl.store(adjusted + at, x, mask=in_vocab)
         # Relative to the chunk's own largest, no temperature makes an infinity; a chunk may have none that is finite.
         scaled = (x - tl.where(largest == -float("inf"), 0.0, largest)) / temperature
-        noise = _gumbel(tl.load(ints), ids, tl.load(n_draws + sequence), sequence)
+        noise = _gumbel(tl.load(ints + sequence * 2), ids, tl.load(n_draws + sequence))
         score, drawn = tl.max(scaled + noise, axis=0, return_indices=True)
         tl.store(chunk_floats + n_chunks, tl.sum(tl.exp(scaled), axis=0))
         tl.store(chunk_floats + 2 * n_chunks, score)
         tl.store(chunk_ids + n_chunks, chunk * CHUNK + drawn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _choose_kernel(
     adjusted,
     chunk_floats,
@@ -215,6 +230,7 @@ def _choose_kernel(
     least,
     seen,
     token_ids,
+    first,
     vocab_size,
     n_chunks,
     CHUNKS: tl.constexpr,
@@ -225,7 +241,9 @@ def _choose_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    sequence = tl.program_id(0)
+    sequence = first + tl.program_id(0)
+    floats += sequence * 4
+    ints += sequence * 2
     temperature, top_p = tl.load(floats), tl.load(floats + 1)
     log_min_p, top_k = tl.load(floats + 2), tl.load(ints + 1).to(tl.int32)
     n_draw = tl.load(n_draws + sequence)
@@ -252,9 +270,7 @@ def _choose_kernel(
             kept = _least(near, n_near, floor, largest, temperature, top_k, top_p, mass, BLOCK)
             kept = tl.maximum(kept, largest + temperature * log_min_p)
             tl.store(least + sequence, kept)
-            token_id = _draw(
-                near, near_ids, n_near, kept, largest, temperature, tl.load(ints), n_draw, sequence, BLOCK
-            )
+            token_id = _draw(near, near_ids, n_near, kept, largest, temperature, tl.load(ints), n_draw, BLOCK)
         else:
             scores = tl.load(chunk_floats + 2 * n_chunks, mask=in_row, other=-float("inf"))
             best = tl.argmax(scores + (maxima - largest) / temperature, axis=0)
@@ -353,7 +369,7 @@ def _from(key, near, n_near, largest, temperature, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _draw(near, near_ids, n_near, kept, largest, temperature, seed, n_draw, sequence, BLOCK: tl.constexpr):
+def _draw(near, near_ids, n_near, kept, largest, temperature, seed, n_draw, BLOCK: tl.constexpr):
     """The id of one of the gathered logits from `kept` on."""
     offsets = tl.arange(0, BLOCK)
     best = -float("inf")
@@ -362,7 +378,7 @@ def _draw(near, near_ids, n_near, kept, largest, temperature, seed, n_draw, sequ
         in_range = begin + offsets < n_near
         x = tl.load(near + begin + offsets, mask=in_range, other=-float("inf"))
         ids = tl.load(near_ids + begin + offsets, mask=in_range, other=0)
-        scores = (x - largest) / temperature + _gumbel(seed, ids, n_draw, sequence)
+        scores = (x - largest) / temperature + _gumbel(seed, ids, n_draw)
         score, place = tl.max(tl.where(x >= kept, scores, -float("inf")), axis=0, return_indices=True)
         if score > best:
             best = score
@@ -371,7 +387,7 @@ def _draw(near, near_ids, n_near, kept, largest, temperature, seed, n_draw, sequ
 
 
 @triton.jit
-def _gumbel(seed, ids, n_draw, sequence):
+def _gumbel(seed, ids, n_draw):
     """Standard Gumbel noise −log(e), with e = −log(1 − u) exponential.
 
     A rare token wins by a small e, which is a small u: there float32 is fine, and 1 − u is not. Never infinite: u is
@@ -379,7 +395,7 @@ def _gumbel(seed, ids, n_draw, sequence):
     """
     ids = ids.to(tl.uint32)
     zeros = ids * 0
-    bits, _, _, _ = tl.philox(seed, ids, zeros + n_draw.to(tl.uint32), zeros + sequence.to(tl.uint32), zeros)
+    bits, _, _, _ = tl.philox(seed, ids, zeros + n_draw.to(tl.uint32), zeros, zeros)
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     exponential = tl.where(u < 0.015625, u * (1 + u * (0.5 + u * 0.33333333)), -tl.log(1 - u))
     return -tl.log(exponential)

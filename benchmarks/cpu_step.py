@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program sets it
 
@@ -30,11 +29,13 @@ from shapes import MISTRAL_1B
 from mistralcli import cpu_decoder
 from mistralcli.demo import demo_directory
 from mistralcli.engine import Engine
+from mistralcli.kernels.cpu import attention, dense, pointwise
 from mistralcli.run_options import SamplingParams, SessionOptions
 from mistralcli.sampling import Sampler
 from mistralcli.session import open_session
-from quant.kernels.cpu import pool
+from quant.kernels.cpu import machine_code, matmul
 from quant.kernels.cpu.isa import chosen
+from quant.kernels.cpu.machine_code import Code
 from quant.kernels.cpu.pool import Job
 from quant.kernels.cpu.program import Program
 
@@ -59,20 +60,27 @@ class Recorded(Program):
 
 @contextmanager
 def named_kernels() -> Iterator[dict[int, str]]:
-    """The names of kernels that are compiled meanwhile, by address; programs are `Recorded`."""
+    """The names of kernels that are asked for meanwhile, by address; programs are `Recorded`."""
     names: dict[int, str] = {}
-    compiled, program = pool.kernel, Program
+    compiled, original = machine_code.kernel, cpu_decoder.Program
 
-    def remember(function: Callable[..., Any]) -> int:
-        address = compiled(function)
-        names[address] = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    def remember(code: Callable[..., Code], *parameters: int | str) -> int:
+        address = compiled(code, *parameters)
+        names[address] = (
+            f"{code.__module__.rpartition('.')[2]}.{code.__name__.strip('_').removesuffix('_kernel')}"
+        )
         return address
 
-    vars(pool)["kernel"], vars(cpu_decoder)["Program"] = remember, Recorded
+    asking = (matmul, attention, dense, pointwise)
+    for module in asking:
+        vars(module)["kernel"] = remember
+    vars(cpu_decoder)["Program"] = Recorded
     try:
         yield names
     finally:
-        vars(pool)["kernel"], vars(cpu_decoder)["Program"] = compiled, program
+        for module in asking:
+            vars(module)["kernel"] = compiled
+        vars(cpu_decoder)["Program"] = original
 
 
 class Clock:

@@ -1,7 +1,6 @@
 """What this program keeps on disk, and how much that takes: models, leftovers, chats, compiled kernels."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,10 +14,10 @@ from mistralcli.errors import DiskError
 from mistralcli.hub_cache import PART_SUFFIX, cache_directory, is_locked, repo_directory
 from mistralcli.inventory import StoredModel, is_ours, list_models
 from mistralcli.store import sessions_directory
+from quant.kernels.cpu.object_code import places
 
 Kind = Literal["build", "pulled", "leftovers", "chats", "kernels"]
 
-_NUMBA_FILES = ("*.nbi", "*.nbc")
 _PARTS = f"blobs/*{PART_SUFFIX}*"
 
 
@@ -122,20 +121,12 @@ def _chats() -> Usage:
 
 
 def _kernels() -> Usage:
-    """What numba compiled for this processor, beside the package or in the user's cache."""
+    """What was compiled for this processor, beside the package or in the user's cache."""
     packages = Path(__file__).resolve().parent.parent
     folders = (packages / "quant" / "kernels" / "cpu", packages / "mistralcli" / "kernels" / "cpu")
-    places = [place for folder in folders for place in (folder / "__pycache__", *_numba_places(folder))]
-    paths = tuple(sorted(path for place in places for name in _NUMBA_FILES for path in place.glob(name)))
+    found = {place for folder in folders for place in places(folder)}
+    paths = tuple(sorted(place for place in found if os.path.isdir(place)))  # noqa: PTH112 (never raises)
     return Usage("kernels", "compiled for this CPU", paths, size_bytes(paths))
-
-
-def _numba_places(folder: Path) -> Iterator[Path]:
-    """Where numba caches a folder's functions when it cannot write there, by its own naming."""
-    name = f"{folder.name}_{hashlib.sha1(str(folder).encode(), usedforsecurity=False).hexdigest()}"
-    for root in (os.environ.get("NUMBA_CACHE_DIR"), platformdirs.user_cache_path("numba", appauthor=False)):
-        if root:
-            yield Path(root) / name
 
 
 def _triton() -> Usage:

@@ -74,7 +74,9 @@ def peak_with_data(
     if not method.endswith("gptq"):
         return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, states + square)
     weight = max(tensor.n_weights for tensor in quantized)
-    calibration = 2 * states + 4 * square + (3 * weight + TILE_COPIES * min(TILE_WEIGHTS, weight)) * _WORK_BYTES
+    calibration = (
+        2 * states + 4 * square + (3 * weight + TILE_COPIES * min(TILE_WEIGHTS, weight)) * _WORK_BYTES
+    )
     return Peak(_process_bytes(planned, n_threads), sum(largest), 2 * layer, calibration)
 
 

@@ -1,4 +1,4 @@
-"""`mistral --help` answers as fast as an empty Typer application."""
+"""`mistral --help` answers as fast as an empty Typer application, and kernels that are kept are soon there."""
 
 import resource
 import statistics
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from program import MISTRAL, environment
 
 EMPTY_APP = '''
@@ -42,3 +43,13 @@ def test_help_costs_at_most_1_15_times_an_empty_typer_application(tmp_path: Path
             seconds[name].append(cpu_seconds(command, env))
     ours, empty = (statistics.median(seconds[name][1:]) for name in commands)  # the first run warms up
     assert ours / empty < 1.15, f"{ours:.3f} s against {empty:.3f} s"
+
+
+@pytest.mark.slow
+def test_kernels_that_are_kept_add_under_half_a_second_of_processor_time(tmp_path: Path) -> None:
+    command = [*MISTRAL, "run", "-m", "demo", "--device", "cpu", "--threads", "1", "--max-tokens", "1", "Hi"]
+    env = environment(tmp_path)
+    without = env | {"MISTRAL_CLI_KERNELS": "reference"}
+    cpu_seconds(command, env)  # which may have to compile
+    added = [cpu_seconds(command, env) - cpu_seconds(command, without) for _ in range(5)]
+    assert statistics.median(added) < 0.5, added

@@ -602,15 +602,15 @@ def test_rm_all_removes_what_is_ours_and_nothing_else_s(home: Path) -> None:
     assert refused.returncode == 2 and "--yes" in refused.stderr and "o/ours" in refused.stderr
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == kept
 
-    env = {"NUMBA_CACHE_DIR": str(home / "numba")}
-    kernels = numba_file(home)
-    done = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package_copy(home)), **env)
+    package = package_copy(home)
+    kernels = kernel_files(home, package)
+    done = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package))
     assert (done.returncode, done.stdout) == (0, "")
-    assert not any(path.exists() for path in (*builds, hub_cache.repo_directory("o/ours"), kernels))
+    assert not any(path.exists() for path in (*builds, hub_cache.repo_directory("o/ours"), *kernels))
     assert hidden.is_dir() and theirs.is_dir() and other_kind.is_dir() and chat.read_text() == "what I typed"
     assert [model.name for model in inventory.list_models()] == ["o/theirs"]
     assert stamps.when("pulled", ours) is None
-    again = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(home / "package"), **env)
+    again = mistral("rm", "--all", "--yes", home=home, PYTHONPATH=str(package))
     assert again.returncode == 0 and "nothing to remove" in again.stderr
 
 
@@ -624,13 +624,14 @@ def package_copy(home: Path) -> Path:
     return package
 
 
-def numba_file(home: Path) -> Path:
-    """A compiled kernel of that program where numba keeps it when it cannot write beside the source."""
-    folder = package_copy(home) / "quant" / "kernels" / "cpu"
-    place = home / "numba" / f"cpu_{hashlib.sha1(str(folder).encode()).hexdigest()}"
-    place.mkdir(parents=True)
-    (place / "matmul.kernel-1.py311.nbi").write_bytes(b"index")
-    return place / "matmul.kernel-1.py311.nbi"
+def kernel_files(home: Path, package: Path) -> list[Path]:
+    """A compiled kernel of that program in each of the places where some are kept."""
+    beside = [package / name / "kernels" / "cpu" / "__pycache__" for name in ("quant", "mistralcli")]
+    files = [place / "kernels" / "0" / "kernel.o" for place in (*beside, home / "cache" / "mistral")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"code")
+    return files
 
 
 def test_rm_takes_a_model_or_all_and_not_both(home: Path) -> None:
@@ -672,7 +673,9 @@ def test_a_directory_of_the_user_s_own_is_not_recorded(home: Path) -> None:
 def test_du_counts_every_byte_once_and_says_whose_it_is(
     home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(home / "numba"))
+    monkeypatch.setattr(disk_usage, "places", lambda package: [home / "kernels"])  # not this checkout's
+    (home / "kernels" / "0").mkdir(parents=True)
+    (home / "kernels" / "0" / "kernel.o").write_bytes(b"code")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(home / "triton"))
     (home / "triton").mkdir()
     (home / "triton" / "kernel.cubin").write_bytes(b"x" * 7)
@@ -697,6 +700,7 @@ def test_du_counts_every_byte_once_and_says_whose_it_is(
         "o/ours": True,
     }
     assert rows["chats", "sessions and history"].size_bytes == 2
+    assert rows["kernels", "compiled for this CPU"].size_bytes == 4
     triton = rows["kernels", "compiled by Triton"]
     assert (triton.size_bytes, triton.ours) == (7, False)
     as_json = json.loads(mistral("du", "--json", home=home, TRITON_CACHE_DIR=str(home / "triton")).stdout)

@@ -13,13 +13,10 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 from llvmlite import ir
-from numba.core import cgutils
 
 from mistralcli.cache import Ring, Seen
 from mistralcli.kernels.cpu.floats import (
@@ -35,10 +32,9 @@ from mistralcli.kernels.cpu.floats import (
     width_of,
 )
 from quant.kernels.cpu import pool
-from quant.kernels.cpu.inline import inlined, read
-from quant.kernels.cpu.isa import chosen
+from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 from quant.kernels.cpu.tile import PREFETCH_BYTES
 from quant.kernels.cpu.vectors import F32, I32, I64, Vectors
 
@@ -72,6 +68,8 @@ def emit_attend_slots(
     Addresses: k and v of the first slot and, for "i8", of its scales; q (n_rows, head_dim) float32; sums, of values by
     weight so far, alike; state (n_rows, 2) float32, the largest score and the sum of weights so far.
     """
+    from numba.core import cgutils
+
     w = Vectors(builder, width_of(head_dim))
     lanes, n_vectors = w.lanes, head_dim // w.lanes
     keys, values = (cgutils.alloca_once(builder, w.floats, size=lanes * n_vectors) for _ in range(2))
@@ -188,13 +186,6 @@ def emit_combine(
         w.store(builder.select(nothing, zero, builder.fdiv(summed[i], weight)), out, 4 * w.lanes * i)
 
 
-attend_slots, begin, combine_segments = (
-    inlined(emit, n_constants)
-    for emit, n_constants in ((emit_attend_slots, 2), (emit_begin, 1), (emit_combine, 1))
-)
-"""The same for numba."""
-
-
 def _first_seen(position: int, last: int, capacity: int, window: int) -> int:
     """The first position that a query sees of a ring that `last` was written to last; window 0 is none."""
     first = max(0, last - capacity + 1)
@@ -206,19 +197,15 @@ def _n_segments(position: int, first: int) -> int:
     return max(1, -(-(position + 1 - first) // SEGMENT))
 
 
-first_seen: Any = numba.njit(_first_seen)
-n_segments_of: Any = numba.njit(_n_segments)
-"""The same for kernels; numba's decorators are not known to a type checker."""
-
-
-@functools.cache
-def _attending_kernel(numbers: str, head_dim: int, isa: str, digest: str) -> int:
+def _attending_kernel(numbers: str, head_dim: int) -> Code:
     """A task is a query, a key head and a part of what it sees."""
-    version = f"{isa} {digest}"
+    from quant.kernels.cpu.inline import inlined, njit, read, take_task
+
+    first_seen, n_segments_of = njit(_first_seen), njit(_n_segments)
+    begin, attend_slots = inlined(emit_begin, n_constants=1), inlined(emit_attend_slots, n_constants=2)
     block, row_bytes = width_of(head_dim), 4 * head_dim
 
     def attend(job: Any) -> None:
-        assert version
         q, q_bytes, places = job[ARGUMENTS], job[ARGUMENTS + 1], job[ARGUMENTS + 2]
         keys, values, k_scales, v_scales = (
             job[ARGUMENTS + 3],
@@ -273,16 +260,17 @@ def _attending_kernel(numbers: str, head_dim: int, isa: str, digest: str) -> int
                     at += n_slots
             task = take_task(job)
 
-    return pool.kernel(attend)
+    return attend
 
 
-@functools.cache
-def _combining_kernel(head_dim: int, isa: str, digest: str) -> int:
+def _combining_kernel(head_dim: int) -> Code:
     """A task is a query head of a token."""
-    version, row_bytes = f"{isa} {digest}", 4 * head_dim
+    from quant.kernels.cpu.inline import inlined, njit, read, take_task
+
+    first_seen, n_segments_of = njit(_first_seen), njit(_n_segments)
+    combine_segments, row_bytes = inlined(emit_combine, n_constants=1), 4 * head_dim
 
     def combine(job: Any) -> None:
-        assert version
         sums, state, most_segments, out, group = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -312,13 +300,7 @@ def _combining_kernel(head_dim: int, isa: str, digest: str) -> int:
             )
             task = take_task(job)
 
-    return pool.kernel(combine)
-
-
-@functools.cache
-def digest() -> str:
-    """Of all source that the CPU's kernels are made of."""
-    return pool.digest(Path(__file__).parent, Path(pool.__file__).parent)
+    return combine
 
 
 @functools.lru_cache(maxsize=4)
@@ -383,7 +365,6 @@ def attention_jobs(
     window = ring.sliding_window or 0
     slots = (k.stride(0) // head_dim, k.stride(1) // head_dim)
     sums, state = scratch.sums.data_ptr(), scratch.state.data_ptr()
-    kernel = _attending_kernel(NUMBERS[k.dtype], head_dim, chosen().name, digest())
     attend = (
         *(queries.address, queries.token_bytes, queries.places),
         *(k.data_ptr(), v.data_ptr()),
@@ -394,8 +375,8 @@ def attention_jobs(
     of_query = (queries.places, queries.n_heads, ring.capacity, window)
     combine = (sums, state, scratch.most_segments, out, group, *of_query)
     return [
-        Job(kernel, n_tokens * n_kv_heads * n_parts, attend),
-        Job(_combining_kernel(head_dim, chosen().name, digest()), n_tokens * queries.n_heads, combine),
+        Job(kernel(_attending_kernel, NUMBERS[k.dtype], head_dim), n_tokens * n_kv_heads * n_parts, attend),
+        Job(kernel(_combining_kernel, head_dim), n_tokens * queries.n_heads, combine),
     ]
 
 

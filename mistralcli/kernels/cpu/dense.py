@@ -4,14 +4,13 @@ A product streams the weight once; float16 and bfloat16 are widened in registers
 float32 and no copy. Everything is summed in float32.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from llvmlite import ir
 
-from mistralcli.kernels.cpu.attention import PLACE_BYTES, digest
+from mistralcli.kernels.cpu.attention import PLACE_BYTES
 from mistralcli.kernels.cpu.floats import (
     BYTES,
     NUMBERS,
@@ -23,10 +22,9 @@ from mistralcli.kernels.cpu.floats import (
     width_of,
 )
 from quant.kernels.cpu import pool
-from quant.kernels.cpu.inline import inlined, read
-from quant.kernels.cpu.isa import chosen
+from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 from quant.kernels.cpu.tile import PREFETCH_BYTES
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 from quant.ops import TILE_WEIGHTS
@@ -139,20 +137,15 @@ def emit_angles(
     v.loop(n, [frequencies, cos, sin], turn)
 
 
-multiply_rows, widen_row, write_angles = (
-    inlined(emit, n_constants) for emit, n_constants in ((emit_rows, 4), (emit_widen, 2), (emit_angles, 0))
-)
-"""The same for numba."""
-
-
-@functools.cache
-def _product_kernel(numbers: str, width: int, version: str) -> int:
+def _product_kernel(numbers: str, width: int) -> Code:
     """A task is some rows of the weight, for all tokens: as many as fit into a tile, half as many, and so on."""
+    from quant.kernels.cpu.inline import inlined, take_task
+
+    multiply_rows = inlined(emit_rows, n_constants=4)
     row_bytes, most = BYTES[numbers], accumulators(width) // 2
     half, quarter = most // 2, most // 4
 
     def multiply(job: Any) -> None:
-        assert version
         weight, x, y, y_bytes, dim, n_rows, n_tokens, per_task = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -189,16 +182,17 @@ def _product_kernel(numbers: str, width: int, version: str) -> int:
                 row += ROWS if several else 1
             task = take_task(job)
 
-    return pool.kernel(multiply)
+    return multiply
 
 
-@functools.cache
-def _embedding_kernel(numbers: str, width: int, version: str) -> int:
+def _embedding_kernel(numbers: str, width: int) -> Code:
     """A task is a token."""
+    from quant.kernels.cpu.inline import inlined, read, take_task
+
+    widen_row, write_angles = inlined(emit_widen, n_constants=2), inlined(emit_angles, n_constants=0)
     element = BYTES[numbers]
 
     def embed(job: Any) -> None:
-        assert version
         token_ids, places, table, dim, h = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -220,15 +214,16 @@ def _embedding_kernel(numbers: str, width: int, version: str) -> int:
             write_angles(position, frequencies, half, cos + angles, sin + angles)
             token = take_task(job)
 
-    return pool.kernel(embed)
+    return embed
 
 
 def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int) -> Job:
     """y = x weightᵀ: x the address of (n_tokens, dim) float32, y an address and bytes from token to token."""
     n_rows, dim = weight.shape
     per_task = max(1, TASK_BYTES // (dim * weight.itemsize * ROWS)) * ROWS
-    kernel = _product_kernel(NUMBERS[weight.dtype], width_of(dim), f"{chosen().name} {digest()}")
-    return Job(kernel, -(-n_rows // per_task), (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, per_task))
+    arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, per_task)
+    compiled = kernel(_product_kernel, NUMBERS[weight.dtype], width_of(dim))
+    return Job(compiled, -(-n_rows // per_task), arguments)
 
 
 def embedding_job(
@@ -247,10 +242,10 @@ def embedding_job(
     float64; the rest float32. All may be longer.
     """
     dim, half = table.shape[1], len(frequencies)
-    kernel = _embedding_kernel(NUMBERS[table.dtype], width_of(dim), f"{chosen().name} {digest()}")
+    compiled = kernel(_embedding_kernel, NUMBERS[table.dtype], width_of(dim))
     addresses = [one.data_ptr() for one in (token_ids, places, table, h, frequencies, cos, sin)]
     ids, where, rows, out, angles, c, s = addresses
-    return Job(kernel, n_tokens, (ids, where, rows, dim, out, angles, half, c, s))
+    return Job(compiled, n_tokens, (ids, where, rows, dim, out, angles, half, c, s))
 
 
 def tied_logits(hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 Rows are float32, of lengths that the machine's vectors divide or narrower vectors do (`floats.width_of`).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from llvmlite import ir
 
 from mistralcli.cache import Seen
 from mistralcli.cache import write_ring as reference_write_ring
-from mistralcli.kernels.cpu.attention import PLACE_BYTES, digest, places
+from mistralcli.kernels.cpu.attention import PLACE_BYTES, places
 from mistralcli.kernels.cpu.floats import BYTES, NUMBERS, exp, is_known, largest, store, total, width_of
 from quant.kernels.cpu import pool
-from quant.kernels.cpu.inline import inlined, read
-from quant.kernels.cpu.isa import chosen
+from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 
 SWIGLU_TASK = 4096
@@ -125,24 +123,13 @@ def _quantized(v: Vectors, values: Sequence[ir.Value], scale_address: ir.Value) 
     return [builder.fdiv(value, v.splat(scale)) for value in values]
 
 
-norm_row, swiglu_some, rotate_head, keep_head = (
-    inlined(emit, n_constants)
-    for emit, n_constants in ((emit_norm, 1), (emit_swiglu, 1), (emit_rotate, 1), (emit_keep, 2))
-)
-"""The same for numba."""
-
-
-def _compiled(name: str, *kind: int | str) -> int:
-    """The address of one of the kernels below, for numbers and lengths of that kind."""
-    return _KERNELS[name](*kind, f"{chosen().name} {digest()}")
-
-
-@functools.cache
-def _norm_kernel(width: int, version: str) -> int:
+def _norm_kernel(width: int) -> Code:
     """A task is a token."""
+    from quant.kernels.cpu.inline import inlined, take_task
+
+    norm_row = inlined(emit_norm, n_constants=1)
 
     def norm(job: Any) -> None:
-        assert version
         h, added, added_bytes, weight, eps, out, dim = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -158,15 +145,16 @@ def _norm_kernel(width: int, version: str) -> int:
             norm_row(width, h + token * dim * 4, other, weight, eps, out + token * dim * 4, dim)
             token = take_task(job)
 
-    return pool.kernel(norm)
+    return norm
 
 
-@functools.cache
-def _swiglu_kernel(width: int, version: str) -> int:
+def _swiglu_kernel(width: int) -> Code:
     """A task is some columns of a token."""
+    from quant.kernels.cpu.inline import inlined, take_task
+
+    swiglu_some = inlined(emit_swiglu, n_constants=1)
 
     def swiglu(job: Any) -> None:
-        assert version
         gate, up, row_bytes, out, hidden_dim, per_task = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -183,15 +171,16 @@ def _swiglu_kernel(width: int, version: str) -> int:
             swiglu_some(width, gate + at, up + at, out + to, min(per_task, hidden_dim - first))
             task = take_task(job)
 
-    return pool.kernel(swiglu)
+    return swiglu
 
 
-@functools.cache
-def _rotary_kernel(head_dim: int, version: str) -> int:
+def _rotary_kernel(head_dim: int) -> Code:
     """A task is a token."""
+    from quant.kernels.cpu.inline import inlined, take_task
+
+    rotate_head = inlined(emit_rotate, n_constants=1)
 
     def rotate(job: Any) -> None:
-        assert version
         x, x_bytes, cos, sin, out, out_bytes, n_heads = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -210,15 +199,16 @@ def _rotary_kernel(head_dim: int, version: str) -> int:
                 rotate_head(head_dim, at + offset, cos + angles, sin + angles, to + offset)
             token = take_task(job)
 
-    return pool.kernel(rotate)
+    return rotate
 
 
-@functools.cache
-def _writing_kernel(numbers: str, head_dim: int, version: str) -> int:
+def _writing_kernel(numbers: str, head_dim: int) -> Code:
     """A task is a key head of a token."""
+    from quant.kernels.cpu.inline import inlined, read, take_task
+
+    keep_head = inlined(emit_keep, n_constants=2)
 
     def write(job: Any) -> None:
-        assert version
         x, x_bytes, places = job[ARGUMENTS], job[ARGUMENTS + 1], job[ARGUMENTS + 2]
         buffer, scales, seq_slots, head_slots, slot_bytes = (
             job[ARGUMENTS + 3],
@@ -239,15 +229,7 @@ def _writing_kernel(numbers: str, head_dim: int, version: str) -> int:
                 keep_head(numbers, head_dim, row, buffer + slot * slot_bytes, scales + slot * 4)
             task = take_task(job)
 
-    return pool.kernel(write)
-
-
-_KERNELS = {
-    "norm": _norm_kernel,
-    "swiglu": _swiglu_kernel,
-    "rotary": _rotary_kernel,
-    "write": _writing_kernel,
-}
+    return write
 
 
 def norm_job(
@@ -259,7 +241,7 @@ def norm_job(
     """
     dim = len(weight)
     arguments = (h, *(added or (0, 0)), weight.data_ptr(), eps.data_ptr(), out, dim)
-    return Job(_compiled("norm", width_of(dim)), n_tokens, arguments)
+    return Job(kernel(_norm_kernel, width_of(dim)), n_tokens, arguments)
 
 
 def swiglu_job(gate: int, up: int, row_bytes: int, out: int, n_tokens: int, hidden_dim: int) -> Job:
@@ -268,7 +250,7 @@ def swiglu_job(gate: int, up: int, row_bytes: int, out: int, n_tokens: int, hidd
     per_task = min(hidden_dim, SWIGLU_TASK)
     per_task = per_task if per_task % width == 0 else hidden_dim
     arguments = (gate, up, row_bytes, out, hidden_dim, per_task)
-    return Job(_compiled("swiglu", width), n_tokens * -(-hidden_dim // per_task), arguments)
+    return Job(kernel(_swiglu_kernel, width), n_tokens * -(-hidden_dim // per_task), arguments)
 
 
 def rotary_job(
@@ -276,7 +258,7 @@ def rotary_job(
 ) -> Job:
     """Rotate heads; x and out, which may be the same, are an address and bytes from token to token."""
     arguments = (*x, cos, sin, *out, n_heads)
-    return Job(_compiled("rotary", head_dim), n_tokens, arguments)
+    return Job(kernel(_rotary_kernel, head_dim), n_tokens, arguments)
 
 
 def writing_job(
@@ -297,8 +279,8 @@ def writing_job(
         *(buffer.stride(0) // head_dim, buffer.stride(1) // head_dim, head_dim * buffer.itemsize),
         *(capacity, n_kv_heads),
     )
-    kernel = _compiled("write", NUMBERS[buffer.dtype], head_dim)
-    return Job(kernel, n_tokens * n_kv_heads, arguments)
+    compiled = kernel(_writing_kernel, NUMBERS[buffer.dtype], head_dim)
+    return Job(compiled, n_tokens * n_kv_heads, arguments)
 
 
 def _run(job: Job, n_bytes: int) -> None:

@@ -5,20 +5,16 @@ found in which the running sum passes the target, and that block is weighed agai
 """
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import types
 
-from mistralcli.kernels.cpu.attention import digest
 from mistralcli.kernels.cpu.floats import LOWEST, exp, total
-from quant.kernels.cpu import pool
-from quant.kernels.cpu.inline import inlined
 from quant.kernels.cpu.isa import chosen
+from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.pool import ARGUMENTS
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 
@@ -68,17 +64,17 @@ def emit_copy(builder: ir.IRBuilder, source: ir.Value, to: ir.Value) -> None:
     v.store(v.load(F32, source), to)
 
 
-weigh, copy = inlined(emit_weigh, 1), inlined(emit_copy, 0)
-read_float, read_double = inlined(_reading(F32), 0, types.float32), inlined(_reading(F64), 0, types.float64)
-"""The same for numba."""
-
-
-@functools.cache
-def _drawing_kernel(width: int, version: str) -> int:
+def _drawing_kernel(width: int) -> Code:
     """Its only task. The id takes the place of its first argument."""
+    from numba import types
+
+    from quant.kernels.cpu.inline import inlined
+
+    weigh, copy = inlined(emit_weigh, 1), inlined(emit_copy, 0)
+    read_float = inlined(_reading(F32), 0, types.float32)
+    read_double = inlined(_reading(F64), 0, types.float64)
 
     def draw(job: Any) -> None:
-        assert version
         logits, n_logits, scaling, uniform, weights, last, sums = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -115,7 +111,7 @@ def _drawing_kernel(width: int, version: str) -> int:
                     break
         job[ARGUMENTS] = chosen_block * BLOCK + at_block
 
-    return pool.kernel(draw)
+    return draw
 
 
 class Draw:
@@ -129,8 +125,7 @@ class Draw:
         self._sums = (ctypes.c_double * (-(-n_logits // BLOCK)))()
         places = map(ctypes.addressof, (self._scaling, self._uniform, *self._blocks, self._sums))
         self._job = (ctypes.c_int64 * (ARGUMENTS + 7))(0, 1, 0, n_logits, *places)
-        kernel = _drawing_kernel(chosen().lanes, f"{chosen().name} {digest()}")
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel(_drawing_kernel, chosen().lanes))
 
     def __call__(self, logits: torch.Tensor, highest: float, inverse: float, uniform: float) -> int:
         """The id where the running sum of the weights passes `uniform` (0 ≤ uniform < 1) of their total.

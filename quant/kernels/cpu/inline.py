@@ -1,9 +1,10 @@
-"""LLVM's instructions amid code that numba compiles."""
+"""LLVM's instructions amid code that numba compiles. Imported by what builds a kernel, when it does."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -36,3 +37,22 @@ def _emit_read(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 read = inlined(_emit_read, 0, types.int64)
 """The int64 at an address."""
+
+
+@intrinsic
+def _take_task(typing: Any, job: Any) -> Any:
+    """The number of a task of a job that nobody else gets."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        return builder.atomic_rmw(
+            "add", arguments[0], ir.IntType(64)(1), "seq_cst"
+        )  # `program` counts on the order
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+take_task: Any = _take_task
+"""An intrinsic's first parameter is numba's own, which is not known to a type checker."""
+
+njit: Any = numba.njit
+"""Nor are its decorators."""

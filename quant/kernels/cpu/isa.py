@@ -71,12 +71,17 @@ def chosen() -> Isa:
     return here[asked]
 
 
-def compile_for_chosen() -> None:
-    """Make numba compile for no more than what was chosen; to be called before it compiles anything.
+@functools.cache
+def target() -> tuple[str, str]:
+    """What to compile for: a processor and its features, as LLVM names them."""
+    if os.environ.get(CAP):
+        return chosen().cpu, ""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
-    numba's cache on disk is keyed by processor and features, so code of another machine or cap is never loaded.
-    """
+
+def compile_for_chosen() -> None:
+    """Make numba compile for that and no more; to be called before it compiles anything."""
     from numba import config  # imported only here: the rest asks LLVM alone
 
-    if os.environ.get(CAP):
-        vars(config).update(CPU_NAME=chosen().cpu, CPU_FEATURES="")
+    cpu, features = target()
+    vars(config).update(CPU_NAME=cpu, CPU_FEATURES=features)

@@ -10,28 +10,17 @@ the products with them, of 127 / max, of the integer, and of one sum for each un
 rounded to that once more.
 """
 
-import functools
-from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 
-from quant.kernels.cpu.isa import ISAS, chosen, compile_for_chosen
+from quant.kernels.cpu import pool
+from quant.kernels.cpu.isa import chosen
 from quant.kernels.cpu.layout import ROWS, Interleaved
-
-compile_for_chosen()  # before anything is compiled
-
-from quant.kernels.cpu import pool  # noqa: E402
-from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job, take_task  # noqa: E402
-from quant.kernels.cpu.rounding import round_unit, x_unit_bytes  # noqa: E402
-from quant.kernels.cpu.tile import (  # noqa: E402
-    CHUNKS,
-    X_HEADER_BYTES,
-    X_STEP_BYTES,
-    Kind,
-    multiply_tile,
-)
+from quant.kernels.cpu.machine_code import Code, kernel
+from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
+from quant.kernels.cpu.rounding import emit_round_unit, x_unit_bytes
+from quant.kernels.cpu.tile import CHUNKS, X_HEADER_BYTES, X_STEP_BYTES, Kind, emit_tile
 
 BLOCKS_PER_TASK = 4
 """64 rows of weights: for 4096 to 14336 columns they stay in a core's second cache while all tokens pass."""
@@ -68,8 +57,8 @@ def rounding_job(x: int, rounded: int, n_tokens: int, weight: Interleaved) -> Jo
     They take `rounded_bytes` each, in tiles of tokens that lie side by side.
     """
     unit_bytes = x_unit_bytes(weight.bits, weight.x_unit)
-    kernel = _rounding_kernel(weight.bits, chosen().name, _digest())
-    return Job(kernel, n_tokens, (x, rounded, weight.n_x_units, weight.x_unit, unit_bytes))
+    arguments = (x, rounded, weight.n_x_units, weight.x_unit, unit_bytes)
+    return Job(kernel(_rounding_kernel, weight.bits, chosen().tokens), n_tokens, arguments)
 
 
 def rounded_bytes(weight: Interleaved) -> int:
@@ -94,12 +83,7 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
         weight.n_units,
         weight.unit * weight.bits // (8 * CHUNKS * 4),
     )
-    return Job(_matmul_kernel(kind.name, _digest()), -(-n_blocks // per_task), arguments)
-
-
-@functools.cache
-def _digest() -> str:
-    return pool.digest(Path(__file__).parent)
+    return Job(kernel(_matmul_kernel, kind.name), -(-n_blocks // per_task), arguments)
 
 
 def _tile_of(token: int, n_tokens: int, most: int) -> tuple[int, int]:
@@ -115,17 +99,13 @@ def _tile_of(token: int, n_tokens: int, most: int) -> tuple[int, int]:
     return token, 1
 
 
-_compiled_tile_of: Any = numba.njit(_tile_of)
+def _rounding_kernel(bits: int, most: int) -> Code:
+    """A task is a token; most: as of `_tile_of`."""
+    from quant.kernels.cpu.inline import inlined, njit, take_task
 
-
-@functools.cache
-def _rounding_kernel(bits: int, isa: str, digest: str) -> int:
-    """A task is a token."""
-    version = f"{isa} {digest}"
-    most = next(one for one in ISAS if one.name == isa).tokens
+    tile_of, round_unit = njit(_tile_of), inlined(emit_round_unit, n_constants=1)
 
     def round_rows(job: Any) -> None:
-        assert version
         x, out, n_units, unit, unit_bytes = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
@@ -135,7 +115,7 @@ def _rounding_kernel(bits: int, isa: str, digest: str) -> int:
         )
         token = take_task(job)
         while token < job[N_TASKS]:
-            first, size = _compiled_tile_of(token, job[N_TASKS], most)
+            first, size = tile_of(token, job[N_TASKS], most)
             place, tile = token - first, out + first * n_units * unit_bytes
             for i in range(n_units):
                 header = tile + i * size * unit_bytes
@@ -144,13 +124,14 @@ def _rounding_kernel(bits: int, isa: str, digest: str) -> int:
                 round_unit(bits, columns, unit, header + place * X_HEADER_BYTES, steps, size * X_STEP_BYTES)
             token = take_task(job)
 
-    return pool.kernel(round_rows)
+    return round_rows
 
 
-@functools.cache
-def _matmul_kernel(kind: str, digest: str) -> int:
+def _matmul_kernel(kind: str) -> Code:
     """A task is some blocks of 16 rows of the weight, for all tokens: tile by tile, then what is left over."""
-    name = f"{kind} {digest}"
+    from quant.kernels.cpu.inline import inlined, njit, take_task
+
+    tile_of, multiply_tile = njit(_tile_of), inlined(emit_tile, n_constants=2)
     most = Kind.named(kind).isa.tokens
     half = most // 2
 
@@ -172,17 +153,17 @@ def _matmul_kernel(kind: str, digest: str) -> int:
         while task < job[N_TASKS]:
             token = 0
             while token < n_tokens:
-                _, size = _compiled_tile_of(token, n_tokens, most)
+                _, size = tile_of(token, n_tokens, most)
                 tile = x + token * x_stride
                 for block in range(task * per_task, min((task + 1) * per_task, n_blocks)):
                     w, out = weights + block * block_bytes, y + token * y_stride + block * ROWS * 4
                     if size == most:
-                        multiply_tile(name, most, w, tile, out, y_stride, n_units, n_steps)
+                        multiply_tile(kind, most, w, tile, out, y_stride, n_units, n_steps)
                     elif size == half:
-                        multiply_tile(name, half, w, tile, out, y_stride, n_units, n_steps)
+                        multiply_tile(kind, half, w, tile, out, y_stride, n_units, n_steps)
                     else:
-                        multiply_tile(name, 1, w, tile, out, y_stride, n_units, n_steps)
+                        multiply_tile(kind, 1, w, tile, out, y_stride, n_units, n_steps)
                 token += size
             task = take_task(job)
 
-    return pool.kernel(multiply)
+    return multiply

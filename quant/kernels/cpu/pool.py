@@ -11,7 +11,6 @@ keeps busy holds nobody up.
 
 import ctypes
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,48 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llvmlite import ir
-from numba import cfunc, types
-from numba.extending import intrinsic
 
 NEXT_TASK, N_TASKS, ARGUMENTS = 0, 1, 2
 """Places in a job."""
-
-KERNEL: Any = types.void(types.CPointer(types.int64))
-
-
-@intrinsic
-def _take_task(typing: Any, job: Any) -> Any:
-    """The number of a task of a job that nobody else gets."""
-
-    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        return builder.atomic_rmw(
-            "add", arguments[0], ir.IntType(64)(1), "seq_cst"
-        )  # `program` counts on the order
-
-    return types.int64(types.CPointer(types.int64)), generate
-
-
-take_task: Any = _take_task
-"""An intrinsic's first parameter is numba's own, which is not known to a type checker."""
-
-
-def kernel(function: Callable[..., Any]) -> int:
-    """The address of a kernel, compiled, or loaded from numba's cache on disk.
-
-    The cache is in `__pycache__` beside the function, or in the user's cache directory where that cannot be written.
-    """
-    try:
-        made = cfunc(KERNEL, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # nor can that be written
-        made = cfunc(KERNEL, error_model="numpy")(function)
-    _COMPILED.append(made)  # code lives as long as the object that made it
-    address = made.address
-    assert address is not None
-    return address
-
-
-_COMPILED: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -80,15 +40,6 @@ def run(job: Job, n_threads: int) -> None:
         _parallel()(job.kernel, words, n_threads)
     elif job.n_tasks:
         _C_KERNEL(job.kernel)(words)
-
-
-@functools.cache
-def digest(*folders: Path) -> str:
-    """Of the source in folders of kernels, for numba's cache: it looks only at the file of the function that it
-    compiles.
-    """
-    files = sorted(file for folder in folders for file in folder.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 _C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

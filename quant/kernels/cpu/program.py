@@ -14,15 +14,13 @@ import ctypes
 import functools
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from quant.kernels.cpu import pool
-from quant.kernels.cpu.inline import inlined
+from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 
 _KERNEL, _INSIDE, _WAITS, _JOB, _ROW = 0, 1, 2, 8, 32
@@ -44,7 +42,7 @@ class Program:
         self._of_each = _table(of_one) - self._of_none
         self._rows = np.empty_like(self._of_none)
         self._walk = (
-            _walking_kernel(pool.digest(Path(__file__).parent)),
+            kernel(_walking_kernel),
             self._rows.ctypes.data,
             len(self._rows),
         )
@@ -53,8 +51,8 @@ class Program:
         """Run all steps for `n_rows` rows on `n_threads` threads, this one among them."""
         np.multiply(self._of_each, n_rows, out=self._rows)
         self._rows += self._of_none
-        kernel, *arguments = self._walk
-        pool.run(Job(kernel, n_threads, (*arguments, _yield_address())), n_threads)
+        walk, *arguments = self._walk
+        pool.run(Job(walk, n_threads, (*arguments, _yield_address())), n_threads)
 
 
 def _table(steps: Sequence[Sequence[Job]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
@@ -94,10 +92,6 @@ def _emit_pause(builder: ir.IRBuilder) -> None:
         builder.call(builder.module.declare_intrinsic("llvm.aarch64.hint", fnty=kind), [ir.IntType(32)(1)])
 
 
-_read, _add = (inlined(emit, 0, types.int64) for emit in (_emit_read, _emit_add))
-_call, _pause = inlined(_emit_call, 0), inlined(_emit_pause, 0)
-
-
 @functools.cache
 def _yield_address() -> int:
     """Of the C function that offers the core to others; 0 where there is none, and threads spin."""
@@ -107,29 +101,33 @@ def _yield_address() -> int:
         return 0
 
 
-@functools.cache
-def _walking_kernel(digest: str) -> int:
+def _walking_kernel() -> Code:
     """Its tasks are the threads: each walks through all rows."""
+    from numba import types
+
+    from quant.kernels.cpu.inline import inlined
+
+    read, add = (inlined(emit, 0, types.int64) for emit in (_emit_read, _emit_add))
+    call, pause = inlined(_emit_call, 0), inlined(_emit_pause, 0)
     row_bytes, job, inside, waits = 8 * _ROW, 8 * _JOB, 8 * _INSIDE, 8 * _WAITS
 
     def walk(program: Any) -> None:
-        assert digest
         rows, n_jobs, give_way = program[ARGUMENTS], program[ARGUMENTS + 1], program[ARGUMENTS + 2]
         done = 0
         for at in range(n_jobs):
             row = rows + at * row_bytes
-            while done < at and _read(row + waits):
+            while done < at and read(row + waits):
                 before, spins = rows + done * row_bytes, 0
-                while _read(before + job) < _read(before + job + 8) or _read(before + inside):
+                while read(before + job) < read(before + job + 8) or read(before + inside):
                     spins += 1
                     if spins < _SPINS or not give_way:
-                        _pause()
+                        pause()
                     else:
-                        _call(give_way, 0)
+                        call(give_way, 0)
                 done += 1
-            if _read(row + job) < _read(row + job + 8):
-                _add(row + inside, 1)
-                _call(_read(row), row + job)
-                _add(row + inside, -1)
+            if read(row + job) < read(row + job + 8):
+                add(row + inside, 1)
+                call(read(row), row + job)
+                add(row + inside, -1)
 
-    return pool.kernel(walk)
+    return walk

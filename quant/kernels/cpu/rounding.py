@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from quant.kernels.cpu.inline import inlined
 from quant.kernels.cpu.tile import X_HEADER_BYTES, X_STEP_BYTES
 from quant.kernels.cpu.vectors import F32, I8, I16, I32, I64, Vectors
 
@@ -92,10 +91,6 @@ def emit_round_unit(
     v.store(builder.fadd(scale, _reduce(v, "fadd", F32, [F32(0.0), spoilt])), header)
     offset = 1 << bits - 1  # what stored codes of weights are shifted by
     v.store(builder.mul(_reduce(v, "add", I32, [sums]), I32(-offset)), header, 4)
-
-
-round_unit = inlined(emit_round_unit, n_constants=1)
-"""`emit_round_unit` for numba."""
 
 
 def _order(bits: int) -> list[int]:

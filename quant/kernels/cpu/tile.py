@@ -16,7 +16,6 @@ from functools import partial
 
 from llvmlite import ir
 
-from quant.kernels.cpu.inline import inlined
 from quant.kernels.cpu.isa import ISAS, Isa
 from quant.kernels.cpu.layout import ROWS
 from quant.kernels.cpu.vectors import DOTS, F16, F32, I8, I16, I32, I64, Dot, Vectors
@@ -41,7 +40,7 @@ SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kernel is made for; numba sees it by its name, which is also a part of the key of its cache."""
+    """What a kernel is made for; numba sees it by its name, by which it is also kept."""
 
     isa: Isa
     bits: int
@@ -88,10 +87,6 @@ def emit_tile(
             row = builder.add(y, builder.mul(y_stride, I64(token)))
             for at, vector in enumerate(part.vectors):
                 part.v.store(totals[token * at_once + at], row, 4 * lanes * vector)
-
-
-multiply_tile = inlined(emit_tile, n_constants=2)
-"""`emit_tile` for numba."""
 
 
 class _Part:

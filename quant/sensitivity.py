@@ -93,7 +93,7 @@ def _output_loss(weight: torch.Tensor, linear: QuantizedLinear, inputs: torch.Te
         difference = linear.dense_rows(rows.start, rows.stop) - tile
         return float((inputs @ difference.T).square().sum()), float((inputs @ tile.T).square().sum())
 
-    tiles = map_tiles(squares, len(weight), max(1, _TILE_WEIGHTS // weight.shape[1]))
+    tiles = map_tiles(squares, len(weight), max(1, _TILE_WEIGHTS // weight.shape[1]), weight.device)
     lost, total = (sum(values) for values in zip(*tiles, strict=True))
     return float(lost / (total or 1.0))
 

@@ -110,6 +110,6 @@ def error_and_norm(weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float
         difference = linear.dense_rows(rows.start, rows.stop) - tile
         return float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(tile))
 
-    tiles = map_tiles(norms, linear.out_features, max(1, _TILE_WEIGHTS // linear.in_features))
+    tiles = map_tiles(norms, linear.out_features, max(1, _TILE_WEIGHTS // linear.in_features), weight.device)
     error, norm = (math.hypot(*values) for values in zip(*tiles, strict=True))
     return error, norm

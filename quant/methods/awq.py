@@ -94,4 +94,4 @@ def clipped_codes(
         codes = codes_of(groups, scales, zeros, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
         return codes.cpu()
 
-    return joined(map_tiles(choose, rows, max(1, TILE_WEIGHTS // in_features)))
+    return joined(map_tiles(choose, rows, max(1, TILE_WEIGHTS // in_features), moment.device))

@@ -44,6 +44,9 @@ up for, and with a ridge of 0.01, 0.1 and 0.5 it is 0.0203, 0.0162 and 0.0157.
 TILE_WEIGHTS = 1 << 24
 """Weights whose codes are chosen at once: 64 MB of float32."""
 
+TILES_ON_GPU = 4
+"""Tiles that a GPU takes as one, a gate of a 7B model: there a column costs its launches, however many rows it has."""
+
 TILE_COPIES = 8
 """Of a tile's size that are in memory meanwhile: its target, scales, zero points, errors, codes in two orders."""
 
@@ -142,7 +145,8 @@ def improved_codes(weight: torch.Tensor, factor: Factor, scheme: Affine, scale_d
         codes = gptq_codes(rows, factor, scheme, scale_dtype)
         return codes if scheme.group_size is None else descended(rows, codes, factor.moment, scheme.bits)
 
-    return joined([choose(rows) for rows in weight.split(max(1, TILE_WEIGHTS // weight.shape[1]))])
+    n_weights = TILE_WEIGHTS * (TILES_ON_GPU if factor.moment.is_cuda else 1)
+    return joined([choose(rows) for rows in weight.split(max(1, n_weights // weight.shape[1]))])
 
 
 def gptq_codes(weight: torch.Tensor, factor: Factor, scheme: Affine, scale_dtype: torch.dtype) -> Codes:

@@ -96,7 +96,7 @@ class Affine:
             if tile.zeros is not None:
                 zeros[rows] = tile.zeros
 
-        map_tiles(quantize_rows, out_features, max(1, TILE_WEIGHTS // in_features))
+        map_tiles(quantize_rows, out_features, max(1, TILE_WEIGHTS // in_features), weight.device)
         stored["weight_shape"] = torch.tensor([out_features, in_features])
         if not self.symmetric:
             stored["weight_zero_point"] = pack_zeros(zeros, self.bits)

@@ -82,7 +82,7 @@ class Float4:
             packed, state = functional.quantize_4bit(tile, blocksize=BLOCK_SIZE, quant_type=self.quant_type)
             return packed, state.absmax
 
-        packed, absmax = zip(*map_tiles(quantize_rows, out_features, tile_rows), strict=True)
+        packed, absmax = zip(*map_tiles(quantize_rows, out_features, tile_rows, weight.device), strict=True)
         state = self._state(out_features, in_features, dtype)
         return {
             "weight": torch.cat(packed),

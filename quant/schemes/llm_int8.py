@@ -59,7 +59,7 @@ class LlmInt8:
             return codes, scales
 
         tile_rows = max(1, TILE_WEIGHTS // weight.shape[1])
-        codes, scales = zip(*map_tiles(quantize_rows, len(weight), tile_rows), strict=True)
+        codes, scales = zip(*map_tiles(quantize_rows, len(weight), tile_rows, weight.device), strict=True)
         row_major = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
         return {"weight": torch.cat(codes), "SCB": torch.cat(scales), "weight_format": row_major}
 

@@ -6,10 +6,10 @@ import torch
 
 from mistralcli.cache import DEFAULT_SLACK, cache_size_bytes, n_slots_by_layer
 from mistralcli.config import ModelConfig
-from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_CHUNK, LARGE_CUDA_SLACK
+from mistralcli.device import DTYPES, LARGE_CUDA_BYTES, LARGE_CUDA_SLACK
 from mistralcli.errors import NotEnoughMemoryError, UsageError
 from mistralcli.ops import attention
-from mistralcli.prefill import MOST_STAGED
+from mistralcli.prefill import MOST_STAGED, works_ahead
 from mistralcli.units import size_text
 from mistralcli.weights import LoadedSizes
 
@@ -144,8 +144,7 @@ def _activations_bytes(config: ModelConfig, demand: Demand, chunk: int) -> int:
     token_bytes = chunk * demand.dtype.itemsize
     if demand.device_type != "cuda":
         return token_bytes * (3 * hidden + 8 * width) + _TILE_BYTES
-    # Where there is room for large chunks, a tile is dequantized while another one is multiplied.
-    n_tiles = 2 if demand.chunk >= LARGE_CUDA_CHUNK else 1
+    n_tiles = 2 if works_ahead(demand.chunk) else 1
     tile_bytes = n_tiles * min(_TILE_BYTES, hidden * width * demand.dtype.itemsize)
     gate_and_up = token_bytes * (2 * hidden + 3 * dim) + tile_bytes
     attending = token_bytes * 8 * width + tile_bytes

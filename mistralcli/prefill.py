@@ -42,7 +42,7 @@ class CapturedForward:
         # Memory that is freed on one stream is not used again on another. It goes before the one that `Ahead` uses.
         self._stream = torch.cuda.Stream(cache.last.device, priority=-1) if self._on_cuda else None
         self._pool = torch.cuda.MemPool() if self._on_cuda else None
-        self._ahead = _ahead(cache.last.device) if self._on_cuda and chunk >= LARGE_CUDA_CHUNK else None
+        self._ahead = _ahead(cache.last.device) if self._on_cuda and works_ahead(chunk) else None
 
     def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As `Transformer.forward` of both (n_seqs, n_tokens), on the CPU; the result is valid until the next call."""
@@ -151,6 +151,11 @@ class CapturedPrompts:
                 buffers[name][:, :, :n_tokens].copy_(buffer[:, :, :n_tokens])
         one.last.fill_(n_tokens - 1)
         return hidden[0, -1]
+
+
+def works_ahead(chunk: int) -> bool:
+    """Whether a GPU dequantizes weights ahead, which takes a second tile: where there is room for large chunks."""
+    return chunk >= LARGE_CUDA_CHUNK
 
 
 def _ahead(device: torch.device) -> "Ahead":

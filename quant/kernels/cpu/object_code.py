@@ -10,13 +10,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
+
+from quant.whole_file import write_whole
 
 _FOLDER = "kernels"
 _UNUSED_S = 60 * 86400
@@ -62,7 +63,8 @@ class Folder:
                 if not path.is_dir():
                     _remove_unused(path.parent)
                     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _write_whole(path / name, _digest(name, code) + code)
+                # What a crash of the machine cuts off fails its digest.
+                write_whole(path / name, _digest(name, code) + code, durable=False)
                 return
 
 
@@ -91,16 +93,3 @@ def _remove_unused(place: Path) -> None:
 def _folders(place: Path) -> Iterator[Path]:
     with suppress(OSError):
         yield from (path for path in place.iterdir() if path.is_dir() and not path.is_symlink())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """By another name first, so that no process finds a part; what a crash of the machine cuts off fails its digest."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise

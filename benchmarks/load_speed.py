@@ -117,7 +117,7 @@ def measure(path: Path, cold: bool) -> None:
         f"the bound, {size / ours:.2f} s, peak {torch.cuda.max_memory_allocated() / size - 1:+.1%} of the file's size",
         flush=True,
     )
-    weights._staged = weights._mapped  # type: ignore[assignment]
+    weights._staging = weights._mapping
     old = speed(load)
     print(f"by memory map and .to: {old / 1e9:.2f} GB/s = {old / bound:.0%}, {size / old:.2f} s", flush=True)
 

@@ -1,7 +1,6 @@
 """The tensors of a checkpoint's files by their Hugging Face names, in Hugging Face's layout or Mistral's own."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from mistralcli.config import ModelConfig, read_config
 from mistralcli.dense_weights import DenseWeight, SeenTensors, seen_tensors
 from mistralcli.errors import IntegrityError, MistralError, ModelNotFoundError
-from mistralcli.staged_reading import TensorPlace, data_offsets, read_to_device, unreadable
+from mistralcli.staged_reading import Staging, TensorPlace, data_offsets, unreadable
 from quant.files import STEMS, file_hash, fingerprint, open_tensors, weight_files
 from quant.schemes.fp8 import SCALE
 from quant.tensors import TensorSpec
@@ -125,21 +124,29 @@ class Checkpoint:
 
     def position(self, name: str) -> tuple[Path, int]:
         """The file and the byte where a tensor begins, or the first of those that it is made of."""
-        return self._start(self._dense[name].parts[0] if name in self._dense else name)
+        return self._start(self._parts(name)[0])
 
-    def load_to(self, device: torch.device, names: Sequence[str]) -> Generator[torch.Tensor, None, None]:
-        """Several tensors on a GPU, in that order, read ahead of being asked for."""
-        parts = [self._dense[name].parts if name in self._dense else (name,) for name in names]
-        places = [self._place(part) for some in parts for part in some]
-        with closing(read_to_device(places, device)) as tensors:
-            arriving = map(
-                self._in_order, [place.name for place in places], tensors
-            )  # which holds none of them
-            for name, some in zip(names, parts, strict=True):
-                if name in self._dense:
-                    yield self._dense[name].made_of(islice(arriving, len(some)))
-                else:
-                    yield next(arriving)
+    def staging(self, names: Sequence[str], device: torch.device) -> Staging:
+        """Begin to read several tensors ahead, for `staged`."""
+        return Staging([self._place(part) for name in names for part in self._parts(name)], device)
+
+    def staged(
+        self, staging: Staging, names: Sequence[str], kept: Collection[str], on_host: Collection[str]
+    ) -> Iterator[torch.Tensor]:
+        """Those tensors in that order; those that are kept as they are stored may share memory.
+
+        They are on the staging's device, but for those `on_host`.
+        """
+        as_stored = {name for name in kept if name not in self._dense and self._n_rotary_heads(name) is None}
+        stored_names = [part for name in names for part in self._parts(name)]
+        stored_on_host = {part for name in on_host for part in self._parts(name)}
+        tensors = staging.tensors(as_stored, stored_on_host)
+        arriving = map(self._in_order, stored_names, tensors)  # which holds none of them
+        for name in names:
+            if name in self._dense:
+                yield self._dense[name].made_of(islice(arriving, len(self._parts(name))))
+            else:
+                yield next(arriving)
 
     def release(self) -> None:
         """Unmap the files, but for tensors that are still held: pages that were read count as resident memory."""
@@ -149,6 +156,10 @@ class Checkpoint:
     def largest_parts_bytes(self) -> int:
         """Of what any one weight is made of that comes dense."""
         return max((weight.parts_bytes for weight in self._dense.values()), default=0)
+
+    def _parts(self, name: str) -> Sequence[str]:
+        """The stored tensors that make a tensor."""
+        return self._dense[name].parts if name in self._dense else (name,)
 
     @property
     def _dense(self) -> Mapping[str, DenseWeight]:
@@ -192,8 +203,12 @@ class Checkpoint:
             self._offsets[path] = data_offsets(path)
         return path, self._offsets[path][self._stored_names.get(name, name)]
 
+    def _n_rotary_heads(self, name: str) -> int | None:
+        """How many heads a weight has whose rows are stored in another order than we compute with."""
+        return self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
+
     def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        n_heads = self._rotary_heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
+        n_heads = self._n_rotary_heads(name)
         return tensor if n_heads is None else rotate_half_order(tensor, n_heads)
 
 

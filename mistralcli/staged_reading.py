@@ -4,15 +4,17 @@ Copying from a memory map stops at every page that is not mapped yet, and the dr
 into pinned memory. Here threads read pieces of the files into pinned buffers, in the order in which the tensors are
 asked for, and each piece is on its way to the device as soon as it is there. Beside the tensors that takes the buffers.
 
-A piece is a buffer full, whatever tensors it is of: a model has more small ones than pieces, and what a piece costs
-beside its bytes, two threads' taking turns, would be most of the time.
+A piece is a buffer full, whatever tensors it is of, and tensors that stay as they come share memory on the device, a
+slab: a model has more small ones than pieces, and what each costs beside its bytes, an allocation, a copy, two threads'
+taking turns with Python's lock, would be most of the time.
 """
 
 import json
+import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +28,12 @@ N_BUFFERS = 16
 """As many threads read: from the page cache one gives a quarter to an eighth of what a PCIe 5 bus takes."""
 BUFFER_BYTES = 8 << 20
 """Large enough that a copy's start-up is nothing beside it, and small, so that the first is soon full."""
+SLAB_BYTES = 256 << 20
+"""Tensors that share memory take no more than that together: a driver has no hole of any size to give."""
 _GAP_BYTES = 4096
 """So many bytes that nobody asked for are read with those around them."""
+_ALIGNMENT = 16
+"""What kernels load at once: a tensor that would begin elsewhere in a slab has memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +71,27 @@ class _UnreadError(Exception):
 class _Buffer:
     """Memory that is filled from a file, and free again when the device has copied it.
 
-    Pinned where that is possible; from pageable memory the driver copies by itself, before `copy_to` returns.
-    The thread that fills it asks for it: pinning all buffers takes half as long as reading 4 GB, and those that are
-    pinned are filled meanwhile.
+    It is asked for in huge pages, which reading gets from the system and the driver pins ten times as fast as small
+    ones. (torch's own pinned memory takes longer than reading 4 GB, the first time.) Where it cannot be pinned, the
+    driver copies by itself, before `copy_to` returns.
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
-        self._size_bytes = size_bytes
+        """Raises: MemoryError: there is none."""
+        try:
+            memory = mmap.mmap(-1, size_bytes)
+        except OSError as error:
+            raise MemoryError(f"no memory for a buffer of {size_bytes} bytes") from error
+        with suppress(OSError, AttributeError):  # a system that has no huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes, self._view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
         self._device = device
-        self._bytes, self._view = torch.empty(0, dtype=torch.uint8), memoryview(b"")
+        self._is_pinned: bool | None = None if device.type == "cuda" else False
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def make(self) -> None:
-        """Ask for the memory, the first time; where there is none, filling it says so."""
-        if not self._view:
-            with suppress(MemoryError, RuntimeError):
-                self._bytes = _host_memory(self._size_bytes, self._device)
-                self._view = self._bytes.numpy().data
 
     def fill(self, piece: _Piece, descriptor: int) -> None:
         """Read a piece, by a thread: neither the wait nor the reading holds Python's lock."""
-        self.wait()
-        if not self._view:
-            raise MemoryError(f"no memory for a buffer of {self._size_bytes} bytes")
+        self._wait()
         view = self._view[: piece.stop - piece.start]
         while view:
             at = piece.stop - len(view)
@@ -98,6 +102,8 @@ class _Buffer:
             if n_read == 0:
                 raise _UnreadError(piece.path, at) from EOFError(f"it ends at byte {at}")
             view = view[n_read:]
+        if self._is_pinned is None:  # now that it has its pages
+            self._is_pinned = _pin(self._bytes, self._device)
 
     def copy_to(self, target: torch.Tensor, start: int, stop: int) -> None:
         """Copy bytes `start` … `stop` to `target` (n_bytes,), on the current stream, without a wait."""
@@ -108,7 +114,14 @@ class _Buffer:
         if self._copied is not None:
             self._copied.record()
 
-    def wait(self) -> None:
+    def close(self) -> None:
+        """Give the memory back, once the device has copied it."""
+        self._wait()
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        del self._bytes, self._view
+
+    def _wait(self) -> None:
         """Until the device has copied it. An event that was never recorded is over."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -131,47 +144,118 @@ def data_offsets(path: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def read_to_device(
-    places: Sequence[TensorPlace],
-    device: torch.device,
-    *,
-    n_buffers: int = N_BUFFERS,
-    buffer_bytes: int = BUFFER_BYTES,
-) -> Generator[torch.Tensor, None, None]:
-    """Yield the tensors in that order, each on `device` in the type that it is stored in.
+class Staging:
+    """Threads that read tensors ahead into a pinned buffer each, for the device to copy from.
 
-    Their copies are queued on the current stream: what is queued there later finds them whole, and the memory of a
-    tensor that was dropped is written only after what was queued to read it. So they need no stream of their own.
-
-    Raises:
-        IntegrityError: a file cannot be read, or ends too early; the tensor is named.
+    A context manager, to end them. They read from the start, while a model is made for the tensors.
     """
-    try:
-        yield from _read(places, device, n_buffers, buffer_bytes)
-    finally:
-        if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):
-            torch.accelerator.empty_host_cache()  # torch would keep the pinned memory
 
+    def __init__(
+        self,
+        places: Sequence[TensorPlace],
+        device: torch.device,
+        *,
+        n_buffers: int = N_BUFFERS,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        """places: in the order in which the tensors will be asked for.
 
-def _read(
-    places: Sequence[TensorPlace], device: torch.device, n_buffers: int, buffer_bytes: int
-) -> Iterator[torch.Tensor]:
-    with ExitStack() as stack:
-        descriptors = _open_all(places, stack)
-        pipeline = stack.enter_context(_Pipeline(_pieces(places, buffer_bytes), descriptors))
-        pipeline.start([_Buffer(buffer_bytes, device) for _ in range(n_buffers)])
-        for place in places:
-            data = torch.empty(place.spec.nbytes, dtype=torch.uint8, device=device)
+        Raises:
+            IntegrityError: a file cannot be opened.
+        """
+        self._places = places
+        self._device = device
+        pieces = _pieces(places, buffer_bytes)
+        with ExitStack() as files:
+            descriptors = _open_all(places, files)
+            buffers = [_Buffer(buffer_bytes, device) for _ in range(min(n_buffers, len(pieces)))]
+            self._files = files.pop_all()
+        self._pipeline = _Pipeline(pieces, descriptors, buffers)
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipeline.end()
+        self._files.close()
+
+    def tensors(
+        self, kept: Collection[str] = frozenset(), on_host: Collection[str] = frozenset()
+    ) -> Iterator[torch.Tensor]:
+        """Yield the tensors, each on the device in the type that it is stored in; once.
+
+        kept: the names of tensors that will be held as long as each other, so that they may share memory.
+        on_host: the names of those that are wanted on the CPU.
+
+        Their copies are queued on the current stream: what is queued there later finds them whole, and the memory of a
+        tensor that was dropped is written only after what was queued to read it. So they need no stream of their own.
+
+        Raises:
+            IntegrityError: a file cannot be read, or ends too early; the tensor is named.
+        """
+        for place, slab in zip(self._places, self._slabs(kept, on_host), strict=True):
             try:
-                pipeline.copy_to(data, place)
+                yield slab.tensor(place, self._pipeline)
             except _UnreadError as failure:
-                behind = [one for one in places if one.path == failure.path and one.stop > failure.at]
+                behind = [one for one in self._places if one.path == failure.path and one.stop > failure.at]
                 cause = failure.__cause__
                 assert isinstance(cause, Exception)
                 name = min(behind, key=lambda one: one.start).name
                 raise unreadable(failure.path, name, cause) from failure
-            yield data.view(place.spec.dtype).view(place.spec.shape)
-            del data  # else it would live until the next has its memory
+
+    def _slabs(self, kept: Collection[str], on_host: Collection[str]) -> list["_Slab"]:
+        """For each of the tensors the slab that it is in: those that are kept and lie one behind the other share it."""
+        slabs: list[_Slab] = []
+        shared: _Slab | None = None
+        for place in self._places:
+            if place.name in on_host:
+                slabs.append(_Slab(place, torch.device("cpu")))
+            elif shared is not None and place.name in kept and shared.admits(place):
+                shared.add(place)
+                slabs.append(shared)
+            else:
+                slabs.append(_Slab(place, self._device))
+                shared = slabs[-1] if place.name in kept else None
+        return slabs
+
+
+class _Slab:
+    """Memory on a device for tensors that lie one behind the other in a file, there as here."""
+
+    def __init__(self, place: TensorPlace, device: torch.device) -> None:
+        self._device = device
+        self._start = self._copied_to = place.start
+        self._last = place
+        self._data: torch.Tensor | None = None
+
+    def admits(self, place: TensorPlace) -> bool:
+        """Whether a tensor may share it."""
+        n_bytes = place.stop - self._start
+        is_aligned = (place.start - self._start) % _ALIGNMENT == 0
+        return _follows(place, self._last) and is_aligned and n_bytes <= SLAB_BYTES
+
+    def add(self, place: TensorPlace) -> None:
+        self._last = place
+
+    def tensor(self, place: TensorPlace, pipeline: "_Pipeline") -> torch.Tensor:
+        """One of its tensors, once what the pipeline has of it is being copied; they are asked for in their order.
+
+        A piece is copied as a whole, with what it has of the next tensors.
+        """
+        if self._data is None:
+            self._data = torch.empty(self._last.stop - self._start, dtype=torch.uint8, device=self._device)
+        at = max(self._copied_to, place.start)  # bytes between tensors may be in no piece
+        while at < place.stop:
+            piece, buffer = pipeline.piece_with(place.path, at)
+            stop = min(self._last.stop, piece.stop)
+            buffer.copy_to(
+                self._data[at - self._start : stop - self._start], at - piece.start, stop - piece.start
+            )
+            at = self._copied_to = stop
+        own = self._data[place.start - self._start : place.stop - self._start]
+        if place is self._last:
+            self._data = None  # else it would live until the next has its memory
+        return own.view(place.spec.dtype).view(place.spec.shape)
 
 
 class _Reader:
@@ -195,22 +279,24 @@ class _Reader:
         if self._free.locked():
             self._free.release()
         self._thread.join()
-        self.buffer.wait()
 
     def _run(self) -> None:
         self._free.acquire()
         while self._read_next(self):
             self._free.acquire()
+        self.buffer.close()
 
 
 class _Pipeline:
-    """The pieces one after the other, as many being read as there are readers; a context manager, to end these.
+    """The pieces one after the other, as many being read as there are readers.
 
     A lock for each piece says that it is there, and one for each buffer that it may be filled again. A queue and
     futures took longer than a third of the reading: half a thousand pieces take turns with Python's lock.
     """
 
-    def __init__(self, pieces: Sequence[_Piece], descriptors: Mapping[Path, int]) -> None:
+    def __init__(
+        self, pieces: Sequence[_Piece], descriptors: Mapping[Path, int], buffers: Sequence[_Buffer]
+    ) -> None:
         self._pieces = pieces
         self._descriptors = descriptors
         self._unread = iter(range(len(pieces)))
@@ -220,32 +306,17 @@ class _Pipeline:
         self._found: list[_Reader | Exception | None] = [None for _ in pieces]
         self._at = -1
         self._here: _Reader | None = None
-        self._readers: list[_Reader] = []
+        self._readers = [_Reader(buffer, self._read_next) for buffer in buffers]
 
-    def __enter__(self) -> "_Pipeline":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
+        """Read no more, and wait for the readers and for the device."""
         self._unread = iter(())
+        if self._here is not None:
+            self._here.buffer.release()
         for reader in self._readers:
             reader.join()
 
-    def start(self, buffers: Sequence[_Buffer]) -> None:
-        """Begin to read, into as many of the buffers as there are pieces."""
-        self._readers.extend(_Reader(buffer, self._read_next) for buffer in buffers[: len(self._pieces)])
-
-    def copy_to(self, data: torch.Tensor, place: TensorPlace) -> None:
-        """Queue the copies of a tensor's bytes to `data` (n_bytes,); places come in the order of the pieces."""
-        at = place.start
-        while at < place.stop:
-            piece, buffer = self._piece_with(place.path, at)
-            stop = min(place.stop, piece.stop)
-            is_whole = stop - at == place.spec.nbytes
-            part = data if is_whole else data[at - place.start : stop - place.start]
-            buffer.copy_to(part, at - piece.start, stop - piece.start)
-            at = stop
-
-    def _piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
+    def piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
         """The piece that has a byte of a file, once it is read; those before it are let go of."""
         while True:
             if self._here is not None:
@@ -262,7 +333,6 @@ class _Pipeline:
 
     def _read_next(self, reader: _Reader) -> bool:
         """Fill a reader's buffer, by its thread; false where every piece is read, or being read."""
-        reader.buffer.make()
         index = next(self._unread, None)  # in one step of Python's
         if index is None:
             return False
@@ -276,11 +346,16 @@ class _Pipeline:
         return True
 
 
+def _follows(place: TensorPlace, before: TensorPlace | _Piece) -> bool:
+    """Whether a tensor lies right behind, but for a few bytes."""
+    return place.path == before.path and 0 <= place.start - before.stop <= _GAP_BYTES
+
+
 def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:
     """What is to be read: tensors that lie one behind the other together, cut into pieces that fit a buffer."""
     runs: list[_Piece] = []
     for place in places:
-        if runs and runs[-1].path == place.path and 0 <= place.start - runs[-1].stop <= _GAP_BYTES:
+        if runs and _follows(place, runs[-1]):
             runs[-1] = replace(runs[-1], stop=place.stop)
         elif place.spec.nbytes:
             runs.append(_Piece(place.path, place.start, place.stop))
@@ -304,11 +379,7 @@ def _open_all(places: Sequence[TensorPlace], stack: ExitStack) -> dict[Path, int
     return descriptors
 
 
-def _host_memory(size_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes on the host, pinned for CUDA unless the system refuses."""
-    if device.type == "cuda":
-        try:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # too little memory that may be locked
-            pass
-    return torch.empty(size_bytes, dtype=torch.uint8)
+def _pin(memory: torch.Tensor, device: torch.device) -> bool:
+    """Pin pages for a GPU; false where the system refuses: it limits how much may be locked."""
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0

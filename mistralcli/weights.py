@@ -5,8 +5,8 @@ On the CPU they are memory-mapped; to a GPU they go through pinned memory (`stag
 
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -91,28 +91,28 @@ def load_model(
     """
     config = read_config(directory)
     checkpoint = find_weights(directory)
-    model = _empty_model(config, dtype)
-    modules = _modules(model)
-    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
-    expected = _all_expected(modules)
-    _check_tensors(config, specs, directory, modules, expected)
-    sizes = {name: sum(specs[full].nbytes for full in tensors) for name, tensors in expected.items()}
-    done, total = 0, sum(sizes.values())
-    # In the files' order, so that they are read from beginning to end.
-    in_order = sorted(modules, key=lambda name: checkpoint.position(next(iter(expected[name]))))
-    needed = [list(expected[name]) for name in in_order]
-    with closing((_staged if device.type == "cuda" else _mapped)(checkpoint, needed, device)) as loading:
-        for name, tensors in zip(in_order, loading, strict=True):
+    needed = _by_module(checkpoint, config)
+    with (_staging if device.type == "cuda" else _mapping)(checkpoint, needed, device) as read:
+        model = _empty_model(config, dtype).eval()
+        modules = _modules(model)
+        specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+        _check_tensors(config, specs, directory, modules, _all_expected(modules))
+        sizes = {name: sum(specs[one].nbytes for one in needed[name]) for name in modules}
+        done, total = 0, sum(sizes.values())
+        types = {
+            name: None if isinstance(module, Embedding) and keeps_embedding(config, device.type) else dtype
+            for name, module in modules.items()
+        }
+        for name, tensors in zip(needed, read(_kept(modules, types, specs)), strict=True):
             module = modules[name]
-            keep = isinstance(module, Embedding) and keeps_embedding(config, device.type)
-            load_module(checkpoint, name, module, tensors, device, None if keep else dtype)
+            load_module(checkpoint, name, module, tensors, device, types[name])
             if isinstance(module, QuantizedLinear) and not exact:
                 module.prepare()
             tensors.clear()  # before more is loaded
             done += sizes[name]
             if on_progress is not None:
                 on_progress(done, total)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def load_module(
@@ -140,27 +140,67 @@ def load_kernels(model: Transformer) -> None:
             module.load_kernels()
 
 
-def _mapped(
-    checkpoint: Checkpoint, needed: Iterable[Sequence[str]], device: torch.device
-) -> Generator[dict[str, torch.Tensor], None, None]:
-    """The tensors of module after module, each set memory-mapped until the next is asked for."""
-    for names in needed:
-        yield {name: checkpoint.load(name) for name in names}
-        checkpoint.release()
+_Read = Callable[[Collection[str]], Iterator[dict[str, torch.Tensor]]]
+"""Gives the tensors of module after module by their names, each set until the next is asked for.
+
+It is told the names of tensors that are kept as they are stored, and may share memory.
+"""
 
 
-def _staged(
-    checkpoint: Checkpoint, needed: Sequence[Sequence[str]], device: torch.device
-) -> Generator[dict[str, torch.Tensor], None, None]:
-    """The same with the bulk of them on `device` already."""
+def _by_module(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[str]]:
+    """The names of tensors by module, in the files' order, so that they are read from beginning to end."""
+    by_module: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.names(), key=checkpoint.position):
+        module, is_weight, _ = name.partition(".weight")  # to which bitsandbytes adds more than one part
+        module = module if is_weight else name.rpartition(".")[0]
+        if not (_IGNORED.match(name) or (config.tied_embeddings and module == "lm_head")):
+            by_module.setdefault(module, []).append(name)
+    return by_module
 
-    def is_bulk(name: str) -> bool:
-        return name.endswith(_BULK)
 
-    bulk = [name for names in needed for name in names if is_bulk(name)]
-    with closing(checkpoint.load_to(device, bulk)) as arriving:
-        for names in needed:
-            yield {name: next(arriving) if is_bulk(name) else checkpoint.load(name) for name in names}
+@contextmanager
+def _mapping(
+    checkpoint: Checkpoint, needed: Mapping[str, Sequence[str]], device: torch.device
+) -> Iterator[_Read]:
+    """Memory-mapped."""
+
+    def read(kept: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        for names in needed.values():
+            yield {name: checkpoint.load(name) for name in names}
+            checkpoint.release()
+
+    yield read
+
+
+@contextmanager
+def _staging(
+    checkpoint: Checkpoint, needed: Mapping[str, Sequence[str]], device: torch.device
+) -> Iterator[_Read]:
+    """The bulk of them on `device` already; they are read from the start."""
+
+    all_names = [name for names in needed.values() for name in names]
+    on_host = {name for name in all_names if not name.endswith(_BULK)}
+    with checkpoint.staging(all_names, device) as staging:
+
+        def read(kept: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+            arriving = checkpoint.staged(staging, all_names, kept, on_host)
+            for names in needed.values():
+                yield dict(zip(names, arriving))  # noqa: B905  those of this module, of all that are to arrive
+
+        yield read
+
+
+def _kept(
+    modules: Mapping[str, nn.Module], types: Mapping[str, torch.dtype | None], specs: Mapping[str, TensorSpec]
+) -> set[str]:
+    """The names of tensors that modules hold as they are stored; `types` as in `load_module`, by module."""
+    kept = set()
+    for name, module in modules.items():
+        if isinstance(module, QuantizedLinear):
+            kept |= {f"{name}.{suffix}" for suffix in module.kept}
+        elif types[name] in (None, specs[f"{name}.weight"].dtype):
+            kept.add(f"{name}.weight")
+    return kept
 
 
 @dataclass(frozen=True)

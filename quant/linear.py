@@ -13,6 +13,9 @@ class QuantizedLinear(nn.Module, ABC):
     It is made without a weight; `load_stored` gives it one. Nothing in it is trained.
     """
 
+    kept: frozenset[str] = frozenset()
+    """Which of `stored` a layer holds as they are, on a GPU: so they may share memory there with those of others."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features

@@ -262,7 +262,7 @@ def test_reading_ahead_as_for_a_gpu_gives_the_same_weights(
 ) -> None:
     stored = made(case, tmp_path)
     expected = dense_weights(load(stored))
-    monkeypatch.setattr(weights, "_mapped", weights._staged)
+    monkeypatch.setattr(weights, "_mapping", weights._staging)
     for name, weight in dense_weights(load(stored)).items():
         assert torch.equal(weight, expected[name]), name
 

@@ -3,10 +3,15 @@
 Here the device is the CPU and the buffers are pageable; on a GPU the same code has pinned ones.
 """
 
+import mmap
 import os
 import random
 import threading
+from collections.abc import Collection
+from contextlib import nullcontext
+from errno import ENOMEM
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ from test_weights import as_mistral_layout
 from mistralcli import staged_reading, weights
 from mistralcli.errors import IntegrityError
 from mistralcli.model import Transformer
-from mistralcli.staged_reading import TensorPlace, data_offsets, read_to_device
+from mistralcli.staged_reading import Staging, TensorPlace, data_offsets
 from mistralcli.weights import load_model
 from quant.linear import QuantizedLinear
 from quant.scheme import Scheme
@@ -30,6 +35,11 @@ from quant.schemes.llm_int8 import LlmInt8
 from quant.tensors import TensorSpec
 
 CPU = torch.device("cpu")
+
+
+def read_all(places: list[TensorPlace], kept: Collection[str] = (), **sizes: int) -> list[torch.Tensor]:
+    with Staging(places, CPU, **sizes) as staging:
+        return list(staging.tensors(kept))
 
 
 def places(path: Path) -> list[TensorPlace]:
@@ -58,17 +68,49 @@ def mixed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=40, deadline=None)
-@given(n_buffers=st.integers(1, 5), buffer_bytes=st.integers(1, 3_000), order=st.randoms())
+@given(
+    n_buffers=st.integers(1, 5),
+    buffer_bytes=st.integers(16, 3_000),
+    order=st.randoms(),
+    kept=st.sets(st.sampled_from(["empty", "scalar", "odd", "words", "dense", "wide"])),
+)
 def test_any_number_and_size_of_buffers_gives_the_files_tensors_in_any_order(
-    mixed_file: Path, n_buffers: int, buffer_bytes: int, order: random.Random
+    mixed_file: Path, n_buffers: int, buffer_bytes: int, order: random.Random, kept: set[str]
 ) -> None:
     wanted = places(mixed_file) * 2
     order.shuffle(wanted)
     expected = load_file(mixed_file)
-    found = list(read_to_device(wanted, CPU, n_buffers=n_buffers, buffer_bytes=max(buffer_bytes, 16)))
+    found = read_all(wanted, kept, n_buffers=n_buffers, buffer_bytes=buffer_bytes)
     for place, tensor in zip(wanted, found, strict=True):
         assert tensor.dtype == expected[place.name].dtype
         assert torch.equal(tensor, expected[place.name]), place.name
+
+
+def test_tensors_that_are_kept_share_memory_where_they_begin_aligned_and_no_others_do(tmp_path: Path) -> None:
+    sizes = {"a": 32, "b": 64, "c": 24, "d": 16, "e": 16}  # so d begins at 120, which 16 does not divide
+    path = tmp_path / "some.safetensors"
+    save_file({name: torch.full((size,), ord(name), dtype=torch.uint8) for name, size in sizes.items()}, path)
+    wanted = sorted(places(path), key=lambda place: place.start)
+    assert [place.name for place in wanted] == list("abcde")
+
+    def shares(kept: str) -> list[int]:
+        found = [tensor.untyped_storage().data_ptr() for tensor in read_all(wanted, set(kept))]
+        return [found.index(one) for one in found]
+
+    assert shares("") == [0, 1, 2, 3, 4]
+    assert shares("abcde") == [0, 0, 0, 3, 3]
+    assert shares("acde") == [0, 1, 2, 3, 3]
+
+
+def test_tensors_that_share_memory_are_no_more_than_a_slab(
+    mixed_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged_reading, "SLAB_BYTES", 100)
+    wanted = [
+        TensorPlace(str(i), mixed_file, 16 * i, TensorSpec((48,), torch.uint8)) for i in range(0, 24, 3)
+    ]
+    tensors = read_all(wanted, {place.name for place in wanted})
+    assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [96] * 8
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named_with_the_tensor(
@@ -80,38 +122,49 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_named_with_the_tensor(
     last = max(wanted, key=lambda place: place.start + place.spec.nbytes)
     os.truncate(path, last.start + last.spec.nbytes - 1)
     with pytest.raises(IntegrityError, match=rf"short\.safetensors .* tensor {last.name}: it ends at byte"):
-        list(read_to_device(wanted, CPU))
+        read_all(wanted)
 
 
 def test_a_file_that_vanishes_is_named(mixed_file: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone.safetensors"
     wanted = [TensorPlace("odd", gone, 0, TensorSpec((4,), torch.uint8))]
     with pytest.raises(IntegrityError, match=r"gone\.safetensors cannot be read for tensor odd"):
-        list(read_to_device(wanted, CPU))
+        read_all(wanted)
 
 
 def test_closing_it_early_ends_its_threads(mixed_file: Path) -> None:
-    tensors = read_to_device(places(mixed_file) * 50, CPU, n_buffers=2, buffer_bytes=64)
-    next(tensors)
-    tensors.close()
+    with Staging(places(mixed_file) * 50, CPU, n_buffers=2, buffer_bytes=64) as staging:
+        next(staging.tensors())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read weights")]
 
 
-def test_where_no_memory_can_be_pinned_the_copy_is_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def refuse(*size: int, pin_memory: bool = False, **options: object) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory")
-        return empty(*size, **options)  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    assert len(staged_reading._host_memory(64, torch.device("cuda"))) == 64
+@pytest.mark.parametrize(("status", "is_pinned"), [(0, True), (2, False)])
+def test_where_no_memory_can_be_pinned_it_is_read_all_the_same(
+    status: int, is_pinned: bool, mixed_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose runtime is one that pins nothing but says what it was asked for."""
+    asked: list[str] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *_: asked.append("pin") or status,
+        cudaHostUnregister=lambda _: asked.append("unpin"),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(synchronize=lambda: None))
+    (place,) = (one for one in places(mixed_file) if one.name == "odd")
+    buffer = staged_reading._Buffer(4096, torch.device("cuda"))
+    with mixed_file.open("rb") as file:
+        buffer.fill(staged_reading._Piece(mixed_file, place.start, place.stop), file.fileno())
+    found = torch.empty(place.spec.nbytes, dtype=torch.uint8)
+    buffer.copy_to(found, 0, place.spec.nbytes)
+    buffer.close()
+    assert torch.equal(found, load_file(mixed_file)["odd"])
+    assert asked == (["pin", "unpin"] if is_pinned else ["pin"])
 
 
 def staged_model(directory: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Transformer:
     """The model as a GPU would get it, on the CPU."""
-    monkeypatch.setattr(weights, "_mapped", weights._staged)
+    monkeypatch.setattr(weights, "_mapping", weights._staging)
     return load_model(directory, device=CPU, dtype=dtype)
 
 
@@ -156,9 +209,9 @@ def test_a_build_is_the_same_mapped_and_staged(
 def test_where_there_is_no_memory_for_a_buffer_the_reader_says_so(
     mixed_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(size_bytes: int, device: torch.device) -> torch.Tensor:
-        raise MemoryError
+    def refuse(*_: int) -> None:
+        raise OSError(ENOMEM, os.strerror(ENOMEM))
 
-    monkeypatch.setattr(staged_reading, "_host_memory", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match="no memory for a buffer of 4096 bytes"):
-        list(read_to_device(places(mixed_file), CPU, buffer_bytes=4096))
+        read_all(places(mixed_file), buffer_bytes=4096)

@@ -68,6 +68,8 @@ class ActOrder:
 
 
 class ActOrderLinear(AffineLinear):
+    kept = frozenset()  # its words may be put in another order
+
     def stored(self) -> dict[str, tuple[int, ...]]:
         return super().stored() | {"weight_g_idx": (self.in_features,)}
 

@@ -118,6 +118,8 @@ class AffineLinear(QuantizedLinear):
     which column each of the packed ones is, where groups of columns lay scattered; None where that is their order.
     """
 
+    kept = frozenset({"weight_packed", "weight_scale"})
+
     qweight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None

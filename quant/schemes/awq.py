@@ -43,6 +43,8 @@ class Awq:
 
 
 class AwqLinear(AffineLinear):
+    kept = frozenset()  # all are put in another order
+
     def stored(self) -> dict[str, tuple[int, ...]]:
         n_words = self.out_features // _PER_WORD
         n_groups = self.in_features // (self.scheme.group_size or self.in_features)

@@ -110,6 +110,8 @@ class Float4Linear(QuantizedLinear):
     (Its own layer repacks the weight on some CPUs, and then computes in bfloat16.)
     """
 
+    kept = frozenset({"weight"})
+
     qweight: torch.Tensor
     absmax: torch.Tensor
     quant_map: torch.Tensor

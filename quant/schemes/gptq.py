@@ -33,6 +33,8 @@ class Gptq:
 class GptqLinear(AffineLinear):
     """Where the groups do not divide in_features the last has fewer columns: smaller ones that do repeat the scales."""
 
+    kept = frozenset()  # all are put in another order
+
     def __init__(self, layout: Gptq, in_features: int, out_features: int) -> None:
         codes = WORD_BITS // layout.bits
         if in_features % codes or out_features % codes:

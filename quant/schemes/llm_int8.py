@@ -70,6 +70,8 @@ class LlmInt8:
 class LlmInt8Linear(QuantizedLinear):
     """Computes as bitsandbytes' Linear8bitLt does, with quantized inputs; `dense_rows` is the weight alone."""
 
+    kept = frozenset({"weight"})
+
     qweight: torch.Tensor
     scales: torch.Tensor
 

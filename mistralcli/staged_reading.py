@@ -10,18 +10,18 @@ taking turns with Python's lock, would be most of the time.
 """
 
 import json
-import mmap
 import os
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mistralcli.errors import IntegrityError
+from quant.huge_pages import huge_pages
 from quant.tensors import TensorSpec
 
 N_BUFFERS = 16
@@ -78,12 +78,7 @@ class _Buffer:
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         """Raises: MemoryError: there is none."""
-        try:
-            memory = mmap.mmap(-1, size_bytes)
-        except OSError as error:
-            raise MemoryError(f"no memory for a buffer of {size_bytes} bytes") from error
-        with suppress(OSError, AttributeError):  # a system that has no huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = huge_pages(size_bytes)
         self._bytes, self._view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)
         self._device = device
         self._is_pinned: bool | None = None if device.type == "cuda" else False

@@ -13,7 +13,7 @@ import torch
 from llvmlite import ir
 from program import environment
 
-from quant.kernels.cpu import isa
+from quant.kernels.cpu import isa, vectors
 from quant.kernels.cpu.layout import ROWS, Interleaved, interleave, restored, unit_of
 from quant.ops import dequantize, interleaved_matmul
 from quant.schemes.affine import Affine, AffineLinear
@@ -161,12 +161,12 @@ INSTRUCTIONS = {
         "x86_64-unknown-linux-gnu",
         ("vpdpbusd", "zmm"),
         ("vpdpwssd|vpmaddwd", "zmm"),
-        "prefetcht0",
+        "prefetcht",
     ),
-    "avxvnni": ("x86_64-unknown-linux-gnu", ("vpdpbusd", "ymm"), ("vpdpwssd|vpmaddwd", "ymm"), "prefetcht0"),
-    "avx2": ("x86_64-unknown-linux-gnu", ("vpmaddubsw", "ymm"), ("vpmaddwd", "ymm"), "prefetcht0"),
+    "avxvnni": ("x86_64-unknown-linux-gnu", ("vpdpbusd", "ymm"), ("vpdpwssd|vpmaddwd", "ymm"), "prefetcht"),
+    "avx2": ("x86_64-unknown-linux-gnu", ("vpmaddubsw", "ymm"), ("vpmaddwd", "ymm"), "prefetcht"),
     "sdot": ("aarch64-unknown-linux-gnu", ("sdot", "v"), (r"\tmla", "v"), "prfm"),
-    "plain": ("x86_64-unknown-linux-gnu", ("pmaddwd", "xmm"), ("pmaddwd", "xmm"), "prefetcht0"),
+    "plain": ("x86_64-unknown-linux-gnu", ("pmaddwd", "xmm"), ("pmaddwd", "xmm"), "prefetcht"),
 }
 """Triple, the instruction and the registers of products of 4 and of 8 bits, and of a prefetch. Where it finds that
 shorter, LLVM makes `vpmaddwd` and an addition of `vpdpwssd`."""
@@ -199,6 +199,20 @@ def test_inner_loops_are_the_instructions_that_they_are_meant_to_be(one: isa.Isa
         assert len(found) >= 8 * (ROWS // one.lanes), f"{instruction} for {bits} bits"
         assert sum(prefetch in line for line in lines) >= 5
         assert not any("call" in line or "\tbl\t" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("host", "instruction", "ahead"), [("sapphirerapids", "prefetcht0", 2304), ("znver4", "prefetcht1", 512)]
+)
+def test_lines_are_asked_for_as_it_helps_on_the_makers_processors(
+    host: str, instruction: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: host)
+    monkeypatch.setattr(vectors, "prefetching", isa.prefetching.__wrapped__)
+    lines = assembly(isa.ISAS[0], 4, "bf16", n_tokens=1).splitlines()
+    found = [line for line in lines if "prefetch" in line]
+    assert len(found) == 5 and all(instruction in line for line in found)
+    assert sum(str(ahead) in line for line in found) == 1
 
 
 @pytest.mark.parametrize("one", [one for one in isa.ISAS if one.name != "plain"], ids=lambda one: one.name)

@@ -209,7 +209,7 @@ def test_a_build_is_the_same_mapped_and_staged(
 def test_where_there_is_no_memory_for_a_buffer_the_reader_says_so(
     mixed_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: int) -> None:
+    def refuse(*_: int, **__: int) -> None:
         raise OSError(ENOMEM, os.strerror(ENOMEM))
 
     monkeypatch.setattr(mmap, "mmap", refuse)

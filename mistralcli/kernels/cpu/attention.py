@@ -35,7 +35,6 @@ from quant.kernels.cpu import pool
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
-from quant.kernels.cpu.tile import PREFETCH_BYTES
 from quant.kernels.cpu.vectors import F32, I32, I64, Vectors
 
 SEGMENT = 128
@@ -84,7 +83,7 @@ def emit_attend_slots(
             if numbers == "i8":
                 scale = w.splat(w.load(F32, builder.add(scales, builder.mul(slot, I64(4)))))
             for line in range(0, head_dim * BYTES[numbers], 64):
-                w.prefetch(row, PREFETCH_BYTES + line)
+                w.prefetch(row, line)
             for i in range(n_vectors):
                 value = load(w, numbers, row, i * lanes * BYTES[numbers])
                 value = builder.fmul(value, scale) if numbers == "i8" else value

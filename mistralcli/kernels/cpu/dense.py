@@ -25,7 +25,6 @@ from quant.kernels.cpu import pool
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
-from quant.kernels.cpu.tile import PREFETCH_BYTES
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 from quant.ops import TILE_WEIGHTS
 
@@ -87,7 +86,7 @@ def _tile_sums(
         weights = []
         for row in rows:
             at = v.builder.add(row, weight_at)
-            v.prefetch(at, PREFETCH_BYTES)
+            v.prefetch(at)
             weights.append(load(v, numbers, at))
         for token, column in enumerate(columns):
             values = v.load(v.floats, v.builder.add(column, x_at))

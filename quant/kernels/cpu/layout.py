@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from quant.huge_pages import Arena
 from quant.tiles import map_tiles
 
 ROWS = 16
@@ -25,6 +26,8 @@ ROWS = 16
 
 UNITS = (128, 64, 32)
 """Columns of a unit. Larger ones take less memory and time for scales."""
+
+_ARENA = Arena()
 
 _WORD_BYTES = 4
 _TILE_WORDS = 1 << 20
@@ -95,7 +98,7 @@ def interleave(
     n_units, n_blocks = in_features // unit, -(-out_features // ROWS)
     header = header_words(scales.dtype, zeros is not None)
     unit_words = header + ROWS * unit * bits // 32
-    words = torch.empty(n_blocks, n_units, unit_words, dtype=torch.int32)
+    words = _ARENA.empty(n_blocks, n_units, unit_words, dtype=torch.int32)
     weight = Interleaved(
         words, out_features, in_features, bits, unit, in_features // n_groups, scales.dtype, zeros is not None
     )

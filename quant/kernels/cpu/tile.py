@@ -12,7 +12,7 @@ The bracket is an exact integer below 2³¹: (q − zero) is below 2⁸ for 8 bi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 from llvmlite import ir
 
@@ -22,9 +22,6 @@ from quant.kernels.cpu.vectors import DOTS, F16, F32, I8, I16, I32, I64, Dot, Ve
 
 CHUNKS = 4
 """Vectors of 16 words in a step, the innermost loop: 256 bytes of weights, 32 columns of 4 bits or 16 of 8."""
-
-PREFETCH_BYTES = 2304
-"""How far ahead of the product cache lines are asked for. The hardware alone reaches half of the memory's bandwidth."""
 
 MOST_PREFETCHING = 4
 """Rows of activations up to which memory is what a matmul waits for."""
@@ -97,6 +94,8 @@ class _Part:
         self.v = Vectors(builder, kind.isa.lanes)
         self.dot: Dot = DOTS[kind.isa.name](self.v, kind.bits)
         self.sums_each = max(1, self.dot.chains // (n_tokens * len(vectors)))
+        # They have chains of their own then: every other one.
+        self.odd_in_place = self.dot.odd_in_place and kind.bits == 4 and self.sums_each % 2 == 0
         self.prefetches = n_tokens <= MOST_PREFETCHING and vectors.start == 0
 
     def multiply(
@@ -109,7 +108,7 @@ class _Part:
         def unit(carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
             w, x, *totals = carried
             if self.prefetches:
-                v.prefetch(w, PREFETCH_BYTES)
+                v.prefetch(w)
             codes, x, *sums = sums_of_unit(w, x, n_steps, nothing)
             return [codes, x, *self._scaled(w, sums, totals)]
 
@@ -183,7 +182,7 @@ class _Part:
         v, each = self.v, self.sums_each
         for chunk in range(CHUNKS):
             if self.prefetches:
-                v.prefetch(codes, PREFETCH_BYTES + 64 * chunk)
+                v.prefetch(codes, 64 * chunk)
             for at, vector in enumerate(self.vectors):
                 words = v.load(v.ints, codes, 64 * chunk + 4 * v.lanes * vector)
                 for part in (0, 1):
@@ -207,24 +206,36 @@ class _Part:
         return self.v.shuffle(words, [lane] * self.v.lanes)
 
     def _unpacked(self, words: ir.Value, part: int) -> ir.Value:
-        """The even (0) or odd (1) codes of words, each in twice its bits."""
-        mask = 0x0F0F0F0F if self.kind.bits == 4 else 0x00FF00FF
-        v, shift = self.v, self.kind.bits * part
-        if shift:
-            words = v.builder.lshr(words, v.constant(words.type, shift))
-        return v.builder.and_(words, v.constant(words.type, mask))
+        """The even (0) or odd (1) codes of words, each in twice its bits; perhaps odd ones 16 times as large."""
+        v = self.v
+        if part and self.kind.bits == 8:
+            halves = v.cast(words, I16, 16)
+            return v.cast(v.builder.lshr(halves, v.constant(halves.type, 8)), I32, 32)
+        if part and self.odd_in_place:
+            return v.builder.and_(words, v.constant(words.type, 0xF0F0F0F0))
+        if part:
+            words = v.builder.lshr(words, v.constant(words.type, 4))
+        return v.builder.and_(
+            words, v.constant(words.type, 0x0F0F0F0F if self.kind.bits == 4 else 0x00FF00FF)
+        )
 
     def _weighed(self, x: ir.Value, sums: Sequence[ir.Value], before: Sequence[ir.Value]) -> list[ir.Value]:
         """What was before, with the sums of a unit of activations times its scale."""
         v, each = self.v, self.sums_each
         new = []
         for i, one in enumerate(before):
-            whole = sums[i * each]
-            for chain in range(1, each):
-                whole = v.builder.add(whole, sums[i * each + chain])
+            whole = self._whole(sums[i * each : (i + 1) * each])
             scale = v.splat(v.load(F32, x, X_HEADER_BYTES * (i // len(self.vectors))))
             new.append(v.multiply_add(v.builder.sitofp(whole, v.floats), scale, one))
         return new
+
+    def _whole(self, chains: Sequence[ir.Value]) -> ir.Value:
+        """The sum of chains of sums."""
+        add = self.v.builder.add
+        if not self.odd_in_place:
+            return reduce(add, chains)
+        odd = reduce(add, chains[1::2])
+        return add(reduce(add, chains[::2]), self.v.builder.ashr(odd, self.v.constant(odd.type, 4)))
 
     def _scaled(self, w: ir.Value, sums: Sequence[ir.Value], totals: Sequence[ir.Value]) -> list[ir.Value]:
         """The totals with the sums of a unit of weights times its scales."""

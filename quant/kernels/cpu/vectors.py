@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
+from quant.kernels.cpu.isa import prefetching
+
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
@@ -28,12 +30,13 @@ class Vectors:
         pointer = self.builder.inttoptr(self.offset(address, offset), value.type.as_pointer())
         self.builder.store(value, pointer, align=1)
 
-    def prefetch(self, address: ir.Value, offset: int) -> None:
-        """Ask for a cache line; an address outside of the process's memory does no harm."""
-        pointer = self.builder.inttoptr(self.offset(address, offset), I8.as_pointer())
+    def prefetch(self, address: ir.Value, offset: int = 0) -> None:
+        """Ask for a line before it is needed; one outside of the process's memory does no harm."""
+        ahead, cache = prefetching()
+        pointer = self.builder.inttoptr(self.offset(address, ahead + offset), I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         prefetch = self.builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
-        read, keep, data = (I32(flag) for flag in (0, 3, 1))
+        read, keep, data = (I32(flag) for flag in (0, 4 - cache, 1))
         self.builder.call(prefetch, [pointer, read, keep, data])
 
     def offset(self, address: ir.Value, by: int) -> ir.Value:
@@ -102,6 +105,9 @@ class Dot:
     chains = 1
     """Independent sums that hide the latency of one."""
 
+    odd_in_place = False
+    """Whether odd codes may be multiplied where they are, above the even ones, and their sum shifted down instead."""
+
     sums_come_last = False
     """Whether a step is summed by itself, from `zero`, and then `added` to the sums."""
 
@@ -145,6 +151,7 @@ class VnniDot(Dot):
     """
 
     chains = 4
+    odd_in_place = True
 
     def add(self, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
         name = f"llvm.x86.avx512.{'vpdpbusd' if self.bits == 4 else 'vpdpwssd'}.{32 * self.v.lanes}"

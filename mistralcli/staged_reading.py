@@ -24,8 +24,9 @@ from mistralcli.errors import IntegrityError
 from quant.huge_pages import huge_pages
 from quant.tensors import TensorSpec
 
-N_BUFFERS = 16
-"""As many threads read: from the page cache one gives a quarter to an eighth of what a PCIe 5 bus takes."""
+N_BUFFERS = 12
+"""As many threads read: from the page cache one gives a quarter to an eighth of what a PCIe 5 bus takes. On 16 cores 16
+take longer: they leave none for the thread that copies."""
 BUFFER_BYTES = 8 << 20
 """Large enough that a copy's start-up is nothing beside it, and small, so that the first is soon full."""
 SLAB_BYTES = 256 << 20

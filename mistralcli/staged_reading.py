@@ -108,7 +108,7 @@ class _Buffer:
     def release(self) -> None:
         """All copies are queued: what waits for the buffer from now on waits for them."""
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         """Give the memory back, once the device has copied it."""
@@ -165,15 +165,15 @@ class Staging:
         with ExitStack() as files:
             descriptors = _open_all(places, files)
             buffers = [_Buffer(buffer_bytes, device) for _ in range(min(n_buffers, len(pieces)))]
+            self._pipeline = _Pipeline(pieces, descriptors, buffers)
             self._files = files.pop_all()
-        self._pipeline = _Pipeline(pieces, descriptors, buffers)
 
     def __enter__(self) -> "Staging":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pipeline.end()
-        self._files.close()
+        with self._files:  # closed behind the readers, which have their descriptors
+            self._pipeline.end()
 
     def tensors(
         self, kept: Collection[str] = frozenset(), on_host: Collection[str] = frozenset()
@@ -302,15 +302,22 @@ class _Pipeline:
         self._found: list[_Reader | Exception | None] = [None for _ in pieces]
         self._at = -1
         self._here: _Reader | None = None
-        self._readers = [_Reader(buffer, self._read_next) for buffer in buffers]
+        self._readers: list[_Reader] = []
+        try:
+            self._readers.extend(_Reader(buffer, self._read_next) for buffer in buffers)
+        except BaseException:  # such as that the system has no more threads
+            self.end()
+            raise
 
     def end(self) -> None:
         """Read no more, and wait for the readers and for the device."""
         self._unread = iter(())
-        if self._here is not None:
-            self._here.buffer.release()
-        for reader in self._readers:
-            reader.join()
+        try:
+            if self._here is not None:
+                self._here.buffer.release()
+        finally:
+            for reader in self._readers:
+                reader.join()
 
     def piece_with(self, path: Path, at: int) -> tuple[_Piece, _Buffer]:
         """The piece that has a byte of a file, once it is read; those before it are let go of."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch
 
 CHUNK_BYTES = 256 << 20
-"""Asked for at once. What is not written of it takes no memory."""
+"""Asked for at once. What is not written of it takes no memory (on Windows, none but a promise of it)."""
 
 _ALIGNMENT = 64
 """Of a cache line."""

@@ -207,7 +207,7 @@ def test_inner_loops_are_the_instructions_that_they_are_meant_to_be(one: isa.Isa
 def test_lines_are_asked_for_as_it_helps_on_the_makers_processors(
     host: str, instruction: str, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: host)
+    monkeypatch.setattr(isa, "target", lambda: (host, ""))
     monkeypatch.setattr(vectors, "prefetching", isa.prefetching.__wrapped__)
     lines = assembly(isa.ISAS[0], 4, "bf16", n_tokens=1).splitlines()
     found = [line for line in lines if "prefetch" in line]

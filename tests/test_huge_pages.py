@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,11 +57,20 @@ def test_a_chunk_is_given_back_with_its_last_tensor(monkeypatch: pytest.MonkeyPa
     assert len(chunks) == 2
 
 
-def test_threads_get_memory_of_their_own() -> None:
+def test_threads_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is slow to come, so that without turns all threads would ask for one."""
+    asked: list[int] = []
+
+    def slow(size_bytes: int) -> mmap.mmap:
+        asked.append(size_bytes)
+        time.sleep(0.05)
+        return mmap.mmap(-1, size_bytes)
+
+    monkeypatch.setattr(huge_pages, "huge_pages", slow)
     arena = Arena(chunk_bytes=1 << 16)
     with ThreadPoolExecutor(8) as pool:
         tensors = list(pool.map(lambda _: arena.empty(64, dtype=torch.uint8), range(500)))
-    assert len({tensor.data_ptr() for tensor in tensors}) == 500
+    assert len({tensor.data_ptr() for tensor in tensors}) == 500 and len(asked) == 1
 
 
 def test_memory_that_is_not_there_is_said() -> None:

@@ -135,7 +135,43 @@ def test_a_file_that_vanishes_is_named(mixed_file: Path, tmp_path: Path) -> None
 def test_closing_it_early_ends_its_threads(mixed_file: Path) -> None:
     with Staging(places(mixed_file) * 50, CPU, n_buffers=2, buffer_bytes=64) as staging:
         next(staging.tensors())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read weights")]
+    assert not readers()
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read weights")]
+
+
+def test_where_a_thread_cannot_be_started_the_others_end(
+    mixed_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, []
+
+    def third_fails(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", third_fails)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Staging(places(mixed_file) * 50, CPU, buffer_bytes=64)
+    assert len(started) == 3 and not readers()
+
+
+def test_an_error_of_the_device_at_the_end_leaves_no_thread(
+    mixed_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with (
+        pytest.raises(RuntimeError, match="device-side assert"),
+        Staging(places(mixed_file) * 50, CPU, n_buffers=3, buffer_bytes=64) as staging,
+    ):
+        next(staging.tensors())
+        monkeypatch.setattr(staged_reading._Buffer, "release", fails)
+    assert not readers()
 
 
 @pytest.mark.parametrize(("status", "is_pinned"), [(0, True), (2, False)])

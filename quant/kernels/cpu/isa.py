@@ -86,7 +86,7 @@ def prefetching() -> tuple[int, int]:
     On Intel's processors the hardware alone reaches half of the memory's bandwidth. AMD's reaches nearly all of it, and
     lines asked for in the first cache take the places of those that it would have fetched.
     """
-    return (512, 2) if llvm.get_host_cpu_name().startswith("znver") else (2304, 1)
+    return (512, 2) if target()[0].startswith("znver") else (2304, 1)
 
 
 def compile_for_chosen() -> None:

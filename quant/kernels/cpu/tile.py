@@ -2,8 +2,8 @@
 
 Weights are in the layout of `quant.kernels.cpu.layout`. Activations come as the kernel of `quant.kernels.cpu.rounding`
 leaves them: for every unit of theirs a float32 scale, the int32 −o · Σ x and the rounded x, arranged so that a word of
-weights needs a shift and a mask only, with the tokens of a tile side by side. With `u` the stored unsigned code, `o`
-= 8 or 128, and `s`, `a` the scales of weights and activations, the units of which lie in those of weights:
+weights needs no more than a shift and a mask, with the tokens of a tile side by side. With `u` the stored unsigned
+code, `o` = 8 or 128, and `s`, `a` the scales of weights and activations, the units of which lie in those of weights:
 
     y = Σ over units of weights  s · Σ over units of activations  a · (Σ u x  −  (o + zero) · Σ x)
 
@@ -230,7 +230,7 @@ class _Part:
         return new
 
     def _whole(self, chains: Sequence[ir.Value]) -> ir.Value:
-        """The sum of chains of sums."""
+        """The sum of chains; of odd codes in place they have multiples of 16, so that a shift loses nothing."""
         add = self.v.builder.add
         if not self.odd_in_place:
             return reduce(add, chains)

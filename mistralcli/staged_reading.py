@@ -158,6 +158,7 @@ class Staging:
 
         Raises:
             IntegrityError: a file cannot be opened.
+            MemoryError: there is no memory for the buffers.
         """
         self._places = places
         self._device = device

@@ -177,7 +177,6 @@ def _staging(
     checkpoint: Checkpoint, needed: Mapping[str, Sequence[str]], device: torch.device
 ) -> Iterator[_Read]:
     """The bulk of them on `device` already; they are read from the start."""
-
     all_names = [name for names in needed.values() for name in names]
     on_host = {name for name in all_names if not name.endswith(_BULK)}
     with checkpoint.staging(all_names, device) as staging:

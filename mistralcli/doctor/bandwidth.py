@@ -56,15 +56,13 @@ def data_to_read(device: "torch.device", limit_bytes: int | None = None) -> "tor
     import torch
 
     from mistralcli.device import room_bytes
-    from quant.huge_pages import huge_pages
+    from quant.huge_pages import Arena
 
     wanted = _READ_BYTES.get(device.type, _READ_BYTES["cpu"])
     n_values = min(wanted, room_bytes(device, limit_bytes) // 4) // torch.int64.itemsize
     if device.type != "cpu":
         return torch.ones(n_values, dtype=torch.int64, device=device)
-    return torch.frombuffer(huge_pages(n_values * torch.int64.itemsize), dtype=torch.int64).fill_(
-        1
-    )  # as weights are
+    return Arena().empty(n_values, dtype=torch.int64).fill_(1)  # in huge pages, as weights are
 
 
 def cpu_bandwidth(data: "torch.Tensor", n_threads: int) -> float:

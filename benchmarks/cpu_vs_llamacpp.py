@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_vs_llamacpp.py --work DIRECTORY [--only 1b,7b,…] [--llama-python PATH] [--json FILE]
 
-Makes random builds, writes the same codes and scales as GGUF (`cpu_gguf.py`), builds llama.cpp (`cpu_llama_build.py`)
-and starts a process for each engine (`cpu_worker_*.py`). They take turns: a round is one measurement of each, and while
+Makes random builds, writes the same codes and scales as GGUF (`gguf_build.py`), builds llama.cpp (`cpu_llama_build.py`)
+and starts a process for each engine (`worker_*.py`). They take turns: a round is one measurement of each, and while
 one computes the others wait for input. A figure is the median of its rounds, a ratio the median of the ratios within a
 round. Beforehand all have to choose the same ids. Attention, norms and greedy sampling are in every figure.
 
@@ -32,21 +32,17 @@ from cpu_engines import (
     OURS,
     OURS_AVX2,
     PATCHED,
-    READ,
     STOCK,
     STOCK_AVX2,
     TRANSFORMERS,
-    Bar,
     Engines,
-    Row,
-    random_ids,
-    row_of,
 )
-from cpu_gguf import write_gguf
 from cpu_llama_build import installed_python
-from cpu_protocol import Worker
+from gguf_build import write_gguf
+from peer_rows import READ, Bar, Row, random_ids, row_of
 from random_build import write_build_of
 from shapes import MISTRAL_1B, MISTRAL_7B
+from worker_protocol import Worker
 
 from mistralcli.config import ModelConfig
 from mistralcli.demo import demo_directory

@@ -27,8 +27,8 @@ import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cpu_gguf import write_gguf
-from cpu_protocol import Worker
+from gguf_build import write_gguf
+from worker_protocol import Worker
 
 from mistralcli.calibration_text import DEFAULT_TOKENS, SELF
 from mistralcli.evaluate import estimate

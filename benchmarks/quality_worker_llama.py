@@ -10,7 +10,7 @@ from typing import Any
 
 import llama_cpp as c
 import numpy as np
-from cpu_protocol import serve
+from worker_protocol import serve
 
 
 class Llama:

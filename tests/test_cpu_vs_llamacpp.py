@@ -10,11 +10,11 @@ from conftest import REPOSITORY
 gguf = pytest.importorskip("gguf")
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
-import cpu_engines  # noqa: E402
-import cpu_gguf  # noqa: E402
 import cpu_llama_build  # noqa: E402
-import cpu_protocol  # noqa: E402
 import cpu_vs_llamacpp  # noqa: E402
+import gguf_build  # noqa: E402
+import peer_rows  # noqa: E402
+import worker_protocol  # noqa: E402
 from random_build import write_build_of  # noqa: E402
 from shapes import MISTRAL_1B  # noqa: E402
 
@@ -32,7 +32,7 @@ def test_rows_of_queries_and_keys_are_in_the_order_of_the_pairs_that_llama_cpp_r
     n_heads, head_dim, theta = 3, 8, 10_000.0
     x = torch.randn((1, 5, n_heads, head_dim), generator=torch.Generator().manual_seed(0))
     cos, sin = rotary_tables(torch.arange(5)[None], head_dim, theta)
-    order = cpu_gguf.rotary_rows(n_heads, head_dim)
+    order = gguf_build.rotary_rows(n_heads, head_dim)
     theirs = x.flatten(2)[..., order].unflatten(2, (n_heads, head_dim // 2, 2))  # pairs (2i, 2i + 1)
     turned = torch.view_as_complex(theirs) * torch.complex(cos, sin)[:, :, None]
     ours = apply_rotary(x, cos, sin).flatten(2)[..., order]
@@ -44,10 +44,10 @@ def test_rows_of_queries_and_keys_are_in_the_order_of_the_pairs_that_llama_cpp_r
 def test_a_gguf_file_has_the_weights_of_the_build(bits: int, group_size: int, tmp_path: Path) -> None:
     scheme = Affine(bits, group_size)
     write_build_of(SMALL, tmp_path, scheme, Affine(8, 32))
-    cpu_gguf.write_gguf(tmp_path, tmp_path / "model.gguf")
+    gguf_build.write_gguf(tmp_path, tmp_path / "model.gguf")
     found = {one.name: one for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert len(found) == 9 + 3
-    checkpoint = cpu_gguf.open_checkpoint(tmp_path)
+    checkpoint = gguf_build.open_checkpoint(tmp_path)
     for theirs, ours, n_heads, n_bits in (
         ("blk.0.attn_q", "model.layers.0.self_attn.q_proj", 4, bits),
         ("blk.0.attn_k", "model.layers.0.self_attn.k_proj", 2, bits),
@@ -64,13 +64,13 @@ def test_a_gguf_file_has_the_weights_of_the_build(bits: int, group_size: int, tm
             int(checkpoint.load(f"{ours}.weight_shape")[1]),
             n_bits,
         )
-        assert torch.equal(got, want if n_heads is None else want[cpu_gguf.rotary_rows(n_heads, 32)])
+        assert torch.equal(got, want if n_heads is None else want[gguf_build.rotary_rows(n_heads, 32)])
 
 
 def test_what_llama_cpp_has_no_type_for_is_refused_by_name(tmp_path: Path) -> None:
     write_build_of(SMALL, tmp_path / "narrow", Affine(4, 16), Affine(8, 32))
     with pytest.raises(MistralError, match=r"layers\.0\.self_attn\.q_proj has 8 groups"):
-        cpu_gguf.write_gguf(tmp_path / "narrow", tmp_path / "model.gguf")
+        gguf_build.write_gguf(tmp_path / "narrow", tmp_path / "model.gguf")
 
 
 def test_the_patched_kernel_prefetches_in_its_own_loop_alone() -> None:
@@ -84,7 +84,7 @@ def test_the_patched_kernel_prefetches_in_its_own_loop_alone() -> None:
 
 
 WORKER = """
-from cpu_protocol import serve, timed
+from worker_protocol import serve, timed
 def ids(n):
     print("chatter")
     return timed(iter(range(n)))
@@ -93,10 +93,10 @@ serve({"ids": ids, "fail": lambda: 1 / 0})
 
 
 def test_a_worker_answers_and_its_end_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_protocol, "SETTLE_S", 0.0)
+    monkeypatch.setattr(worker_protocol, "SETTLE_S", 0.0)
     env = {"PYTHONPATH": str(REPOSITORY / "benchmarks")}
-    with cpu_protocol.Worker([sys.executable, "-c", WORKER], env) as worker:
-        load = cpu_protocol.Load(worker)
+    with worker_protocol.Worker([sys.executable, "-c", WORKER], env) as worker:
+        load = worker_protocol.Load(worker)
         answer = worker.ask("ids", n=3)
         assert answer["ids"] == [0, 1, 2] and answer["seconds"] == sorted(answer["seconds"])
         assert worker.processor_s > 0 and 0 <= load.others_share() <= 1
@@ -106,8 +106,8 @@ def test_a_worker_answers_and_its_end_is_told_with_its_last_words(monkeypatch: p
 
 def test_a_row_has_medians_and_the_median_of_the_ratios_within_rounds() -> None:
     rounds = [{"ours": 4.0, "peer": 1.0}, {"ours": 9.0, "peer": 3.0}, {"ours": 5.0, "peer": 2.5}]
-    bar = cpu_engines.Bar("ours", "peer", 3.5)
-    row = cpu_engines.row_of("decode", "tok/s", rounds, [bar], others=0.25)
+    bar = peer_rows.Bar("ours", "peer", 3.5)
+    row = peer_rows.row_of("decode", "tok/s", rounds, [bar], others=0.25)
     assert row.figures == {"ours": 5.0, "peer": 2.5} and row.ratios == [(bar, 3.0)]
     assert str(row).endswith("3.00 of peer (MISSES 3.5) | others took 25%")
     assert cpu_vs_llamacpp.as_json(row)["ratios"] == [

@@ -1,6 +1,6 @@
 """A build of ours as llama.cpp reads it: the same codes and scales, so that both engines compute the same function.
 
-    python benchmarks/cpu_gguf.py BUILD FILE.gguf
+    python benchmarks/gguf_build.py BUILD FILE.gguf
 
 int4 becomes Q4_0 and int8 becomes Q8_0, code by code. Larger groups than theirs of 32 columns repeat their scale, which
 goes from bfloat16 to float16. What is dense stays bfloat16, norms are float32. There is no vocabulary: a peer in a

@@ -47,6 +47,11 @@ def timed(ids: Iterable[int]) -> dict[str, list[Any]]:
     return {"ids": found, "seconds": seconds}
 
 
+def worker_command(engine: str, python: str = sys.executable) -> list[str]:
+    """What starts the process of `worker_<engine>.py`."""
+    return [python, str(Path(__file__).parent / f"worker_{engine}.py")]
+
+
 class Worker:
     """An engine in a process of its own, which answers what `serve` has handlers for."""
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a worker of `cpu_vs_llamacpp.py`, by the C functions that its Python package binds, greedy.
+"""llama.cpp as a worker of `cpu_vs_llamacpp.py` and `gpu_llamacpp.py`, by the C functions of its package, greedy.
 
 Its own defaults hold but for the number of threads and the context: weights repacked, a float16 cache, batches of 2,048
 tokens in pieces of 512, flash attention where it chooses that.
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import llama_cpp as c
-from cpu_protocol import memory, serve, timed
+from worker_protocol import memory, serve, timed
 
 
 class Llama:

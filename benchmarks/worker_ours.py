@@ -1,4 +1,4 @@
-"""Our engine as a worker of `cpu_vs_llamacpp.py`: the session that `mistral run` opens, greedy."""
+"""Our engine as a worker of `cpu_vs_llamacpp.py` and `gpu_llamacpp.py`: the session of `mistral run`, greedy."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program sets it, b
 from pathlib import Path
 
 import torch
-from cpu_protocol import memory, serve, timed
+from worker_protocol import memory, serve, timed
 
 from mistralcli.doctor.bandwidth import cpu_bandwidth
 from mistralcli.run_options import SamplingParams, SessionOptions
@@ -22,9 +22,9 @@ READ_BYTES = 1 << 30
 class Ours:
     session: Session
 
-    def load(self, model: str, threads: int, ctx: int) -> float:
+    def load(self, model: str, threads: int, ctx: int, device: str = "cpu") -> float:
         """Seconds that it took."""
-        self.session = open_session(Path(model), SessionOptions(ctx=ctx, threads=threads, device="cpu"))
+        self.session = open_session(Path(model), SessionOptions(ctx=ctx, threads=threads, device=device))
         return self.session.load_s
 
     def generate(self, ids: list[int], n: int) -> dict[str, list[float]]:

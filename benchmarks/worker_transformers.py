@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from cpu_protocol import memory, serve, timed
 from transformers import MistralConfig, MistralForCausalLM
+from worker_protocol import memory, serve, timed
 
 
 class Transformers:

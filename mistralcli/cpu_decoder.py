@@ -204,7 +204,8 @@ class CpuDecoder:
         model = self._model
         if model.output is not None:
             return self._products(n_rows, {model.output: self._logits}, x)
-        return [[product_job(model.tok_embeddings.weight, x.data_ptr(), self._logits.place, n_rows)]]
+        table = model.tok_embeddings.weight
+        return [[product_job(table, x.data_ptr(), self._logits.place, n_rows, self._n_threads)]]
 
     def _attention(
         self,
@@ -267,7 +268,7 @@ class CpuDecoder:
         products = []
         for linear, y in outputs.items():
             if isinstance(linear, Linear):
-                products.append(product_job(linear.weight, x.data_ptr(), y.place, n_rows))
+                products.append(product_job(linear.weight, x.data_ptr(), y.place, n_rows, self._n_threads))
                 continue
             assert isinstance(linear, AffineLinear) and linear.interleaved is not None
             weight = linear.interleaved

@@ -194,7 +194,8 @@ def assembly(one: isa.Isa, bits: int, scale: str, n_tokens: int) -> str:
 def test_inner_loops_are_the_instructions_that_they_are_meant_to_be(
     one: isa.Isa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "prefetching", lambda: (2304, 1))  # as on Intel's, whatever this machine is
+    as_on_intels = isa.Prefetching(2304, 1, every_line=True)
+    monkeypatch.setattr(vectors, "prefetching", lambda: as_on_intels)  # whatever this machine is
     _, *products, prefetch = INSTRUCTIONS[one.name]
     for bits, (instruction, register) in zip((4, 8), products, strict=True):
         lines = assembly(one, bits, "bf16", n_tokens=1).splitlines()
@@ -205,16 +206,17 @@ def test_inner_loops_are_the_instructions_that_they_are_meant_to_be(
 
 
 @pytest.mark.parametrize(
-    ("host", "instruction", "ahead"), [("sapphirerapids", "prefetcht0", 2304), ("znver4", "prefetcht1", 512)]
+    ("host", "instruction", "ahead", "n_lines"),
+    [("sapphirerapids", "prefetcht0", 2304, 5), ("znver4", "prefetcht1", 12288, 1)],
 )
 def test_lines_are_asked_for_as_it_helps_on_the_makers_processors(
-    host: str, instruction: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+    host: str, instruction: str, ahead: int, n_lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isa, "target", lambda: (host, ""))
     monkeypatch.setattr(vectors, "prefetching", isa.prefetching.__wrapped__)
     lines = assembly(isa.ISAS[0], 4, "bf16", n_tokens=1).splitlines()
     found = [line for line in lines if "prefetch" in line]
-    assert len(found) == 5 and all(instruction in line for line in found)
+    assert len(found) == n_lines and all(instruction in line for line in found)
     assert sum(str(ahead) in line for line in found) == 1
 
 

@@ -188,9 +188,9 @@ def check_products() -> None:
             torch.testing.assert_close(tied_logits(x, weight).double(), expected, atol=2e-4, rtol=1e-5)
         several, alone = torch.zeros(15, 37), torch.zeros(15, 37)
         x = randn(15, dim)
-        pool.run(product_job(weight, x.data_ptr(), (several.data_ptr(), 4 * 37), 15), 1)
+        pool.run(product_job(weight, x.data_ptr(), (several.data_ptr(), 4 * 37), 15, 2), 1)
         for row, y in zip(x, alone, strict=True):
-            pool.run(product_job(weight, row.data_ptr(), (y.data_ptr(), 4 * 37), 1), 1)
+            pool.run(product_job(weight, row.data_ptr(), (y.data_ptr(), 4 * 37), 1, 2), 1)
         assert torch.equal(several, alone), (dtype, dim)
 
 
@@ -238,7 +238,7 @@ def test_a_program_waits_for_every_step_before_the_next() -> None:
 
 def test_a_program_is_for_any_number_of_rows() -> None:
     x, weight, out = randn(9, 48), randn(33, 48, seed=1), torch.zeros(9, 33)
-    jobs = [[[product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 33), n)]] for n in (0, 1)]
+    jobs = [[[product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 33), n, 2)]] for n in (0, 1)]
     program = Program(*jobs)
     for n_rows in (9, 2, 5):
         out.zero_()
@@ -250,7 +250,7 @@ def test_a_program_is_for_any_number_of_rows() -> None:
 def test_jobs_of_one_step_run_whatever_their_order() -> None:
     x, weight = randn(1, 48), randn(33, 48, seed=1)
     outs = [torch.zeros(1, 33) for _ in range(5)]
-    jobs = [product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 33), 1) for out in outs]
+    jobs = [product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 33), 1, 3) for out in outs]
     Program([jobs], [jobs]).run(3)
     pool.run(jobs[0], 1)
     for out in outs:

@@ -25,6 +25,7 @@ from quant.kernels.cpu import pool
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
+from quant.kernels.cpu.shares import n_shares, share
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 from quant.ops import TILE_WEIGHTS
 
@@ -37,7 +38,7 @@ ROWS = 4
 """Rows of a weight that are multiplied side by side, so that sums need not wait for one another."""
 
 TASK_BYTES = 1 << 16
-"""Of a weight in a task, about: 5 µs."""
+"""Of a weight in the shortest task, about: 5 µs."""
 
 
 def emit_rows(
@@ -137,15 +138,15 @@ def emit_angles(
 
 
 def _product_kernel(numbers: str, width: int) -> Code:
-    """A task is some rows of the weight, for all tokens: as many as fit into a tile, half as many, and so on."""
-    from quant.kernels.cpu.inline import inlined, take_task
+    """A task is a share of the weight's rows, for all tokens: as many as fit into a tile, half as many, and so on."""
+    from quant.kernels.cpu.inline import inlined, njit, take_task
 
-    multiply_rows = inlined(emit_rows, n_constants=4)
+    share_of, multiply_rows = njit(share), inlined(emit_rows, n_constants=4)
     row_bytes, most = BYTES[numbers], accumulators(width) // 2
     half, quarter = most // 2, most // 4
 
     def multiply(job: Any) -> None:
-        weight, x, y, y_bytes, dim, n_rows, n_tokens, per_task = (
+        weight, x, y, y_bytes, dim, n_rows, n_tokens, least, n_threads = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
@@ -154,10 +155,12 @@ def _product_kernel(numbers: str, width: int) -> Code:
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
             job[ARGUMENTS + 7],
+            job[ARGUMENTS + 8],
         )
-        task = take_task(job)
+        task, n_groups = take_task(job), (n_rows + ROWS - 1) // ROWS
         while task < job[N_TASKS]:
-            row, stop = task * per_task, min((task + 1) * per_task, n_rows)
+            first, last = share_of(task, n_groups, least, n_threads)
+            row, stop = first * ROWS, min(last * ROWS, n_rows)
             while row < stop:
                 several, token = row + ROWS <= stop, 0
                 w = weight + row * dim * row_bytes
@@ -216,13 +219,13 @@ def _embedding_kernel(numbers: str, width: int) -> Code:
     return embed
 
 
-def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int) -> Job:
+def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int, n_threads: int) -> Job:
     """y = x weightᵀ: x the address of (n_tokens, dim) float32, y an address and bytes from token to token."""
     n_rows, dim = weight.shape
-    per_task = max(1, TASK_BYTES // (dim * weight.itemsize * ROWS)) * ROWS
-    arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, per_task)
+    least = max(1, TASK_BYTES // (dim * weight.itemsize * ROWS))
+    arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, least, n_threads)
     compiled = kernel(_product_kernel, NUMBERS[weight.dtype], width_of(dim))
-    return Job(compiled, -(-n_rows // per_task), arguments)
+    return Job(compiled, n_shares(-(-n_rows // ROWS), least, n_threads), arguments)
 
 
 def embedding_job(
@@ -253,8 +256,9 @@ def tied_logits(hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     n_tokens, vocab_size = len(rows), len(table)
     y = torch.empty(n_tokens, vocab_size)
     if n_tokens <= FEW_ROWS and is_known(table.dtype):
-        job = product_job(table, rows.data_ptr(), (y.data_ptr(), 4 * vocab_size), n_tokens)
-        pool.run(job, torch.get_num_threads() if table.nbytes > WORTH_A_THREAD else 1)
+        n_threads = torch.get_num_threads() if table.nbytes > WORTH_A_THREAD else 1
+        job = product_job(table, rows.data_ptr(), (y.data_ptr(), 4 * vocab_size), n_tokens, n_threads)
+        pool.run(job, n_threads)
     else:
         tile = max(1, TILE_WEIGHTS // table.shape[1])
         for start in range(0, vocab_size, tile):

@@ -79,14 +79,29 @@ def target() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-@functools.cache
-def prefetching() -> tuple[int, int]:
-    """How many bytes ahead of a product lines are asked for, and into which of a core's caches, 1 or 2.
+@dataclass(frozen=True)
+class Prefetching:
+    """How the lines of a weight are asked for: bytes ahead of a product, and into which of a core's caches, 1 or 2.
 
-    On Intel's processors the hardware alone reaches half of the memory's bandwidth. AMD's reaches nearly all of it, and
-    lines asked for in the first cache take the places of those that it would have fetched.
+    every_line: of a weight that is one stream; else one of some hundred bytes or more, and the hardware gets the rest.
     """
-    return (512, 2) if target()[0].startswith("znver") else (2304, 1)
+
+    ahead_bytes: int
+    cache: int
+    every_line: bool
+
+
+@functools.cache
+def prefetching() -> Prefetching:
+    """What suits the maker of the processor that is compiled for (`docs/log.md`).
+
+    On Intel's processors the hardware alone reaches half of the memory's bandwidth. AMD's reaches most of it for one
+    stream: a line here and there, far ahead, takes it to nine tenths, while all of them would halve it, and in the
+    first cache they take the places of what the hardware fetched. Of several short streams it follows none.
+    """
+    if target()[0].startswith("znver"):
+        return Prefetching(ahead_bytes=12288, cache=2, every_line=False)
+    return Prefetching(ahead_bytes=2304, cache=1, every_line=True)
 
 
 def compile_for_chosen() -> None:

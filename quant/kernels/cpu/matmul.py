@@ -20,9 +20,10 @@ from quant.kernels.cpu.layout import ROWS, Interleaved
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 from quant.kernels.cpu.rounding import emit_round_unit, x_unit_bytes
+from quant.kernels.cpu.shares import n_shares, share
 from quant.kernels.cpu.tile import CHUNKS, X_HEADER_BYTES, X_STEP_BYTES, Kind, emit_tile
 
-BLOCKS_PER_TASK = 4
+BLOCKS_AT_ONCE = 4
 """64 rows of weights: for 4096 to 14336 columns they stay in a core's second cache while all tokens pass."""
 
 WORTH_A_THREAD = 1 << 20
@@ -70,12 +71,13 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
     """Multiply rounded activations; y is the address of (n_tokens, 16 · n_blocks) float32, some padded columns last."""
     kind = Kind(chosen(), weight.bits, _SCALES[weight.scale_dtype], weight.asymmetric)
     n_blocks, words = weight.n_blocks, weight.words
-    per_task = max(1, min(BLOCKS_PER_TASK, n_blocks // (4 * n_threads)))
+    least = max(1, min(BLOCKS_AT_ONCE, n_blocks // (4 * n_threads)))
     arguments = (
         words.data_ptr(),
         words.stride(0) * 4,
         n_blocks,
-        per_task,
+        least,
+        n_threads,
         rounded,
         rounded_bytes(weight),
         n_tokens,
@@ -83,7 +85,7 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
         weight.n_units,
         weight.unit * weight.bits // (8 * CHUNKS * 4),
     )
-    return Job(kernel(_matmul_kernel, kind.name), -(-n_blocks // per_task), arguments)
+    return Job(kernel(_matmul_kernel, kind.name), n_shares(n_blocks, least, n_threads), arguments)
 
 
 def _tile_of(token: int, n_tokens: int, most: int) -> tuple[int, int]:
@@ -128,42 +130,46 @@ def _rounding_kernel(bits: int, most: int) -> Code:
 
 
 def _matmul_kernel(kind: str) -> Code:
-    """A task is some blocks of 16 rows of the weight, for all tokens: tile by tile, then what is left over."""
+    """A task is a share of the weight's blocks of 16 rows, for all tokens: tile by tile, then what is left over."""
     from quant.kernels.cpu.inline import inlined, njit, take_task
 
-    tile_of, multiply_tile = njit(_tile_of), inlined(emit_tile, n_constants=2)
+    tile_of, share_of, multiply_tile = njit(_tile_of), njit(share), inlined(emit_tile, n_constants=2)
     most = Kind.named(kind).isa.tokens
     half = most // 2
 
     def multiply(job: Any) -> None:
-        weights, block_bytes, n_blocks, per_task = (
+        weights, block_bytes, n_blocks, least, n_threads = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
             job[ARGUMENTS + 3],
+            job[ARGUMENTS + 4],
         )
         x, x_stride, n_tokens, y = (
-            job[ARGUMENTS + 4],
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
             job[ARGUMENTS + 7],
+            job[ARGUMENTS + 8],
         )
-        n_units, n_steps, y_stride = job[ARGUMENTS + 8], job[ARGUMENTS + 9], n_blocks * ROWS * 4
+        n_units, n_steps, y_stride = job[ARGUMENTS + 9], job[ARGUMENTS + 10], n_blocks * ROWS * 4
         task = take_task(job)
         while task < job[N_TASKS]:
-            token = 0
-            while token < n_tokens:
-                _, size = tile_of(token, n_tokens, most)
-                tile = x + token * x_stride
-                for block in range(task * per_task, min((task + 1) * per_task, n_blocks)):
-                    w, out = weights + block * block_bytes, y + token * y_stride + block * ROWS * 4
-                    if size == most:
-                        multiply_tile(kind, most, w, tile, out, y_stride, n_units, n_steps)
-                    elif size == half:
-                        multiply_tile(kind, half, w, tile, out, y_stride, n_units, n_steps)
-                    else:
-                        multiply_tile(kind, 1, w, tile, out, y_stride, n_units, n_steps)
-                token += size
+            first, stop = share_of(task, n_blocks, least, n_threads)
+            while first < stop:
+                token = 0
+                while token < n_tokens:
+                    _, size = tile_of(token, n_tokens, most)
+                    tile = x + token * x_stride
+                    for block in range(first, min(first + BLOCKS_AT_ONCE, stop)):
+                        w, out = weights + block * block_bytes, y + token * y_stride + block * ROWS * 4
+                        if size == most:
+                            multiply_tile(kind, most, w, tile, out, y_stride, n_units, n_steps)
+                        elif size == half:
+                            multiply_tile(kind, half, w, tile, out, y_stride, n_units, n_steps)
+                        else:
+                            multiply_tile(kind, 1, w, tile, out, y_stride, n_units, n_steps)
+                    token += size
+                first += BLOCKS_AT_ONCE
             task = take_task(job)
 
     return multiply

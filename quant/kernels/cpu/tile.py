@@ -181,7 +181,7 @@ class _Part:
         """Sums with the products of one step."""
         v, each = self.v, self.sums_each
         for chunk in range(CHUNKS):
-            if self.prefetches:
+            if self.prefetches and v.prefetching.every_line:
                 v.prefetch(codes, 64 * chunk)
             for at, vector in enumerate(self.vectors):
                 words = v.load(v.ints, codes, 64 * chunk + 4 * v.lanes * vector)

@@ -20,6 +20,7 @@ class Vectors:
     def __init__(self, builder: ir.IRBuilder, lanes: int) -> None:
         self.builder = builder
         self.lanes = lanes
+        self.prefetching = prefetching()
         self.ints, self.floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
 
     def load(self, kind: ir.Type, address: ir.Value, offset: int = 0) -> ir.Value:
@@ -32,11 +33,11 @@ class Vectors:
 
     def prefetch(self, address: ir.Value, offset: int = 0) -> None:
         """Ask for a line before it is needed; one outside of the process's memory does no harm."""
-        ahead, cache = prefetching()
-        pointer = self.builder.inttoptr(self.offset(address, ahead + offset), I8.as_pointer())
+        how = self.prefetching
+        pointer = self.builder.inttoptr(self.offset(address, how.ahead_bytes + offset), I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         prefetch = self.builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
-        read, keep, data = (I32(flag) for flag in (0, 4 - cache, 1))
+        read, keep, data = (I32(flag) for flag in (0, 4 - how.cache, 1))
         self.builder.call(prefetch, [pointer, read, keep, data])
 
     def offset(self, address: ir.Value, by: int) -> ir.Value:

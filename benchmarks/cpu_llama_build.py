@@ -10,19 +10,29 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import llvmlite.binding as llvm
+
 VERSION = "0.3.36"
 
 _AVX2 = ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")
-_AVX512 = ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
+_BETTER = {
+    "AVX512": "avx512dq",
+    "AVX512_VBMI": "avx512vbmi",
+    "AVX512_VNNI": "avx512vnni",
+    "AVX512_BF16": "avx512bf16",
+    "AVX_VNNI": "avxvnni",
+}
+"""llama.cpp's names of what not every processor with AVX2 has, and LLVM's.
+
+AMX is left out: under a hypervisor that shows the feature and does not provide it, `ldtilecfg` ends the process.
+"""
+_HERE = (*_AVX2, *(name for name, feature in _BETTER.items() if llvm.get_host_cpu_features().get(feature)))
 VARIANTS: Mapping[str, tuple[Sequence[str], bool]] = {
-    "stock": ((*_AVX2, *_AVX512), False),
-    "prefetch": ((*_AVX2, *_AVX512), True),
+    "stock": (_HERE, False),
+    "prefetch": (_HERE, True),
     "avx2": (_AVX2, False),
 }
-"""The instructions that each is built for, and whether it is patched to prefetch.
-
-"stock" leaves AMX out: under a hypervisor that shows the feature and does not provide it, `ldtilecfg` ends the process.
-"""
+"""The instructions that each is built for, and whether it is patched to prefetch."""
 
 _SOURCE = "vendor/llama.cpp"
 _KERNEL = "ggml/src/ggml-cpu/arch/x86/repack.cpp"

@@ -207,7 +207,11 @@ def test_inner_loops_are_the_instructions_that_they_are_meant_to_be(
 
 @pytest.mark.parametrize(
     ("host", "instruction", "ahead", "n_lines"),
-    [("sapphirerapids", "prefetcht0", 2304, 5), ("znver4", "prefetcht1", 12288, 1)],
+    [
+        ("sapphirerapids", "prefetcht0", 2304, 5),
+        ("znver3", "prefetcht1", 12288, 5),
+        ("znver4", "prefetcht1", 12288, 1),
+    ],
 )
 def test_lines_are_asked_for_as_it_helps_on_the_makers_processors(
     host: str, instruction: str, ahead: int, n_lines: int, monkeypatch: pytest.MonkeyPatch

@@ -93,14 +93,16 @@ class Prefetching:
 
 @functools.cache
 def prefetching() -> Prefetching:
-    """What suits the maker of the processor that is compiled for (`docs/log.md`).
+    """What suits the processor that is compiled for (`docs/log.md`).
 
-    On Intel's processors the hardware alone reaches half of the memory's bandwidth. AMD's reaches most of it for one
-    stream: a line here and there, far ahead, takes it to nine tenths, while all of them would halve it, and in the
-    first cache they take the places of what the hardware fetched. Of several short streams it follows none.
+    On Intel's processors the hardware alone reaches half of the memory's bandwidth. On AMD's a prefetch far ahead is
+    best; in the first cache it takes the places of what the hardware fetched. From Zen 4 on that reaches most of
+    the bandwidth for one stream: a line here and there takes it to nine tenths, while all of them would halve it. Up to
+    Zen 3 it is the other way round. Of several short streams no hardware follows any.
     """
-    if target()[0].startswith("znver"):
-        return Prefetching(ahead_bytes=12288, cache=2, every_line=False)
+    cpu = target()[0]
+    if cpu.startswith("znver"):
+        return Prefetching(ahead_bytes=12288, cache=2, every_line=cpu in ("znver1", "znver2", "znver3"))
     return Prefetching(ahead_bytes=2304, cache=1, every_line=True)
 
 

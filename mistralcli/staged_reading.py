@@ -15,7 +15,8 @@ import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ _ALIGNMENT = 128
 """A line of a GPU's cache. Where weights began at any multiple of 16, decoding was 4 % slower."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorPlace:
     """A stored tensor: its name, and where its bytes begin in which file."""
 
@@ -46,12 +47,12 @@ class TensorPlace:
     start: int
     spec: TensorSpec
 
-    @property
+    @cached_property
     def stop(self) -> int:
         return self.start + self.spec.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Piece:
     """Bytes `start` … `stop` of a file."""
 
@@ -232,18 +233,21 @@ class _Slab:
         self._device = device
         self._last = place
         self._stretches = {place: _Stretch(place.start, place.stop, place.start)}
+        self._n_bytes = place.stop - place.start  # up to the end of the last tensor
         self._data: torch.Tensor | None = None
 
     def admits(self, place: TensorPlace) -> bool:
         """Whether a tensor may share it."""
-        return _follows(place, self._last) and self._end + place.spec.nbytes + _ALIGNMENT <= SLAB_BYTES
+        fits = self._n_bytes + place.spec.nbytes + _ALIGNMENT <= SLAB_BYTES
+        return fits and _follows(place, self._last)
 
     def add(self, place: TensorPlace) -> None:
         stretch = self._stretches[self._last]
         if (place.start - stretch.shift) % _ALIGNMENT:
-            offset = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+            offset = -(-self._n_bytes // _ALIGNMENT) * _ALIGNMENT
             stretch = _Stretch(place.start - offset, place.stop, place.start)
         stretch.stop = place.stop
+        self._n_bytes = stretch.stop - stretch.shift
         self._stretches[place] = stretch
         self._last = place
 
@@ -253,7 +257,7 @@ class _Slab:
         What a piece has of a stretch is copied at once, with what it has of the next tensors.
         """
         if self._data is None:
-            self._data = torch.empty(self._end, dtype=torch.uint8, device=self._device)
+            self._data = torch.empty(self._n_bytes, dtype=torch.uint8, device=self._device)
         stretch = self._stretches[place]
         at = max(stretch.copied_to, place.start)  # bytes between tensors may be in no piece
         while at < place.stop:
@@ -267,22 +271,22 @@ class _Slab:
             self._data = None  # else it would live until the next has its memory
         return own.view(place.spec.dtype).view(place.spec.shape)
 
-    @property
-    def _end(self) -> int:
-        """Bytes of it, up to the end of the last tensor."""
-        return self._last.stop - self._stretches[self._last].shift
-
 
 class _Reader:
-    """A thread that reads pieces into a buffer of its own, one whenever the one before it is let go of."""
+    """A thread that reads pieces into a buffer of its own: one when told to begin, then whenever one is let go of."""
 
     def __init__(self, buffer: _Buffer, read_next: Callable[["_Reader"], bool]) -> None:
         """read_next: reads the next piece into the reader's buffer; false where there is none."""
         self.buffer = buffer
         self._read_next = read_next
         self._free = threading.Lock()
+        self._free.acquire()
         self._thread = threading.Thread(target=self._run, name="read weights", daemon=True)
         self._thread.start()
+
+    def begin(self) -> None:
+        """Read the first piece."""
+        self._free.release()
 
     def go_on(self) -> None:
         """All copies out of the buffer are queued: read the next piece."""
@@ -324,6 +328,10 @@ class _Pipeline:
         self._readers: list[_Reader] = []
         try:
             self._readers.extend(_Reader(buffer, self._read_next) for buffer in buffers)
+            for (
+                reader
+            ) in self._readers:  # not before all are there: a thread is made slowly while others take pages
+                reader.begin()
         except BaseException:  # such as that the system has no more threads
             self.end()
             raise
@@ -370,7 +378,7 @@ class _Pipeline:
 
 def _follows(place: TensorPlace, before: TensorPlace | _Piece) -> bool:
     """Whether a tensor lies right behind, but for a few bytes."""
-    return place.path == before.path and 0 <= place.start - before.stop <= _GAP_BYTES
+    return 0 <= place.start - before.stop <= _GAP_BYTES and place.path == before.path
 
 
 def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:
@@ -378,7 +386,7 @@ def _pieces(places: Sequence[TensorPlace], buffer_bytes: int) -> list[_Piece]:
     runs: list[_Piece] = []
     for place in places:
         if runs and _follows(place, runs[-1]):
-            runs[-1] = replace(runs[-1], stop=place.stop)
+            runs[-1].stop = place.stop
         elif place.spec.nbytes:
             runs.append(_Piece(place.path, place.start, place.stop))
     return [

@@ -330,8 +330,9 @@ def _check_tensors(
 
 
 def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...], directory: object) -> None:
-    if len(found) != len(shape) or any(
-        want not in (-1, have) for have, want in zip(found, shape, strict=True)
+    if found != shape and (
+        len(found) != len(shape)
+        or any(want not in (-1, have) for have, want in zip(found, shape, strict=True))
     ):
         raise IntegrityError(
             f"tensor {name} in {directory} has the shape {list(found)} "

@@ -63,10 +63,11 @@ def library_folder(folder: Path, variant: str) -> Path:
     Raises:
         SystemExit: pip, CMake or the compiler failed; their last words are in the message.
     """
-    made, build = folder / f"lib-{variant}", folder / f"build-{variant}"
+    instructions, prefetches = VARIANTS[variant]
+    name = "-".join([*instructions, *(["prefetch"] if prefetches else [])]).lower()
+    made, build = folder / f"lib-{name}", folder / f"build-{name}"
     if not made.exists():
-        print(f"building {variant}, which takes a minute or two", file=sys.stderr)
-        instructions, prefetches = VARIANTS[variant]
+        print(f"building {name}, which takes a minute or two", file=sys.stderr)
         kernel = _source(folder) / _KERNEL
         plain = kernel.read_text(encoding="utf-8")
         try:

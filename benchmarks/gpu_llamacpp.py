@@ -6,7 +6,7 @@
 Random weights in Mistral 7B's shapes, no window, in groups of 32 columns as llama.cpp has them (Q4_0, Q8_0), the head
 int8; beside them our default, groups of 128. Each engine is a process that waits while another computes. A figure is
 the median of the rounds, a ratio the median of the ratios within a round; beforehand both have to choose the same ids.
-The directory of --where takes 21 GB meanwhile.
+The directory of --where takes 16 GB meanwhile.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from cpu_vs_llamacpp import made
 from peer_rows import Bar, random_ids, require_agreement, row_of
+from random_build import write_build_of
 from shapes import MISTRAL_7B
 from worker_protocol import Worker, worker_command
 
@@ -56,14 +57,14 @@ def main() -> None:
     )
     parser.add_argument("--llama-python", type=Path, required=True)
     parser.add_argument(
-        "--where", type=Path, default=Path("/dev/shm"), help="a directory with room for 21 GB"
+        "--where", type=Path, default=Path("/dev/shm"), help="a directory with room for 16 GB"
     )
     parser.add_argument("--layers", type=int, default=MISTRAL_7B.n_layers)
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    with tempfile.TemporaryDirectory(dir=options.where) as folder:
-        for bits in (4, 8):
+    for bits in (4, 8):
+        with tempfile.TemporaryDirectory(dir=options.where) as folder:
             compare(bits, Path(folder), options)
 
 
@@ -79,7 +80,7 @@ def compare(bits: int, folder: Path, options: argparse.Namespace) -> None:
         workers[LLAMA].ask("load", model=str(model / "model.gguf"), threads=1, ctx=CTX)
         require_agreement(workers, config.vocab_size)
         if bits == 4:
-            default = made(folder, "int4-g128", config, Affine(4, 128), Affine(8, 128))
+            default = write_build_of(config, folder / "int4-g128", Affine(4, 128), Affine(8, 128)).parent
             workers[DEFAULT] = stack.enter_context(Worker(worker_command("ours")))
             workers[DEFAULT].ask("load", model=str(default), threads=1, ctx=CTX, device="cuda")
         measures = {f"decode at {position}": decode_at(position) for position in (64, 8192)} | {

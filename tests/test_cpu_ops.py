@@ -236,6 +236,16 @@ def test_a_program_waits_for_every_step_before_the_next() -> None:
         assert torch.equal(outcome(n_threads), expected)
 
 
+def test_threads_that_share_a_dense_weight_out_leave_no_row_out() -> None:
+    weight, x = randn(10_003, 48), randn(3, 48, seed=1)
+    for n_threads in (1, 2, 3, 7):
+        out = torch.zeros(3, 10_003)
+        job = product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 10_003), 3, n_threads)
+        assert job.n_tasks > n_threads
+        pool.run(job, n_threads)
+        torch.testing.assert_close(out, x @ weight.T, atol=2e-4, rtol=1e-5)
+
+
 def test_a_program_is_for_any_number_of_rows() -> None:
     x, weight, out = randn(9, 48), randn(33, 48, seed=1), torch.zeros(9, 33)
     jobs = [[[product_job(weight, x.data_ptr(), (out.data_ptr(), 4 * 33), n, 2)]] for n in (0, 1)]

@@ -17,6 +17,6 @@ def test_every_row_belongs_to_one_task_and_tasks_get_no_longer(n: int, least: in
 
 
 def test_a_thread_gets_a_long_run_first_and_short_ones_at_the_end() -> None:
-    sizes = [share(task, 256, 4, 2) for task in range(n_shares(256, 4, 2))]
-    assert sizes[0] == (0, 64) and sizes[1] == (64, 112)
-    assert sizes[-1][1] - sizes[-1][0] <= 4
+    shares = [share(task, 256, 4, 2) for task in range(n_shares(256, 4, 2))]
+    assert shares[:2] == [(0, 64), (64, 112)]
+    assert shares[-1][1] - shares[-1][0] <= 4

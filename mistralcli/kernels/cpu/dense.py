@@ -220,7 +220,10 @@ def _embedding_kernel(numbers: str, width: int) -> Code:
 
 
 def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int, n_threads: int) -> Job:
-    """y = x weightᵀ: x the address of (n_tokens, dim) float32, y an address and bytes from token to token."""
+    """y = x weightᵀ: x the address of (n_tokens, dim) float32, y an address and bytes from token to token.
+
+    The weight is shared out for n_threads, which need not be as many as run it.
+    """
     n_rows, dim = weight.shape
     least = max(1, TASK_BYTES // (dim * weight.itemsize * ROWS))
     arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, least, n_threads)

@@ -95,10 +95,11 @@ class Prefetching:
 def prefetching() -> Prefetching:
     """What suits the processor that is compiled for (`docs/log.md`).
 
-    On Intel's processors the hardware alone reaches half of the memory's bandwidth. On AMD's a prefetch far ahead is
-    best; in the first cache it takes the places of what the hardware fetched. From Zen 4 on that reaches most of
-    the bandwidth for one stream: a line here and there takes it to nine tenths, while all of them would halve it. Up to
-    Zen 3 it is the other way round. Of several short streams no hardware follows any.
+    On Intel's processors the hardware alone reaches half of the memory's bandwidth. On AMD's, lines in the first cache
+    take the places of what the hardware fetched, and rows of a dense weight, several short streams, of which no
+    hardware follows any, gain most from far ahead. For one stream, a quantized weight, a Zen 4's hardware reaches most
+    of the bandwidth: a line here and there takes it to nine tenths, while all of them would halve it. A Zen 3 needs
+    them all, at whatever distance.
     """
     cpu = target()[0]
     if cpu.startswith("znver"):

@@ -68,7 +68,10 @@ def rounded_bytes(weight: Interleaved) -> int:
 
 
 def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threads: int) -> Job:
-    """Multiply rounded activations; y is the address of (n_tokens, 16 · n_blocks) float32, some padded columns last."""
+    """Multiply rounded activations; y is the address of (n_tokens, 16 · n_blocks) float32, some padded columns last.
+
+    The weight is shared out for n_threads, which need not be as many as run it.
+    """
     kind = Kind(chosen(), weight.bits, _SCALES[weight.scale_dtype], weight.asymmetric)
     n_blocks, words = weight.n_blocks, weight.words
     least = max(1, min(BLOCKS_AT_ONCE, n_blocks // (4 * n_threads)))

@@ -92,7 +92,7 @@ _OPTIONS = [
 
 
 def with_prefetch(source: str) -> str:
-    """The kernel's source with a line that asks for the weights of 2.3 KB ahead, as ours does."""
+    """The kernel's source with a line that asks for the weights of 2.3 KB ahead, as ours does on Intel's."""
     at = source.index(_LOOP, source.index(_FUNCTION)) + len(_LOOP)
     return source[:at] + _PREFETCH + source[at:]
 

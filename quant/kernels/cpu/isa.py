@@ -99,7 +99,7 @@ def prefetching() -> Prefetching:
     take the places of what the hardware fetched, and rows of a dense weight, several short streams, of which no
     hardware follows any, gain most from far ahead. For one stream, a quantized weight, a Zen 4's hardware reaches most
     of the bandwidth: a line here and there takes it to nine tenths, while all of them would halve it. A Zen 3 needs
-    them all, at whatever distance.
+    them all for int4, at whatever distance. Of Zen 1, 2 and 5 it is assumed.
     """
     cpu = target()[0]
     if cpu.startswith("znver"):

@@ -233,7 +233,7 @@ class _Slab:
         self._device = device
         self._last = place
         self._stretches = {place: _Stretch(place.start, place.stop, place.start)}
-        self._n_bytes = place.stop - place.start  # up to the end of the last tensor
+        self._n_bytes = place.spec.nbytes  # up to the end of the last tensor
         self._data: torch.Tensor | None = None
 
     def admits(self, place: TensorPlace) -> bool:

@@ -330,7 +330,7 @@ def _check_tensors(
 
 
 def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...], directory: object) -> None:
-    if found != shape and (
+    if found != shape and (  # they nearly always are: this is before the first byte is loaded
         len(found) != len(shape)
         or any(want not in (-1, have) for have, want in zip(found, shape, strict=True))
     ):

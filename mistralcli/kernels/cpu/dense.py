@@ -4,6 +4,7 @@ A product streams the weight once; float16 and bfloat16 are widened in registers
 float32 and no copy. Everything is summed in float32.
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from quant.kernels.cpu import pool
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.matmul import WORTH_A_THREAD
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
-from quant.kernels.cpu.shares import n_shares, share
+from quant.kernels.cpu.shares import starts_of_shares
 from quant.kernels.cpu.vectors import F32, I64, Vectors
 from quant.ops import TILE_WEIGHTS
 
@@ -139,14 +140,14 @@ def emit_angles(
 
 def _product_kernel(numbers: str, width: int) -> Code:
     """A task is a share of the weight's rows, for all tokens: as many as fit into a tile, half as many, and so on."""
-    from quant.kernels.cpu.inline import inlined, njit, take_task
+    from quant.kernels.cpu.inline import inlined, read, take_task
 
-    share_of, multiply_rows = njit(share), inlined(emit_rows, n_constants=4)
+    multiply_rows = inlined(emit_rows, n_constants=4)
     row_bytes, most = BYTES[numbers], accumulators(width) // 2
     half, quarter = most // 2, most // 4
 
     def multiply(job: Any) -> None:
-        weight, x, y, y_bytes, dim, n_rows, n_tokens, least, n_threads = (
+        weight, x, y, y_bytes, dim, n_rows, n_tokens, starts = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
@@ -155,12 +156,10 @@ def _product_kernel(numbers: str, width: int) -> Code:
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
             job[ARGUMENTS + 7],
-            job[ARGUMENTS + 8],
         )
-        task, n_groups = take_task(job), (n_rows + ROWS - 1) // ROWS
+        task = take_task(job)
         while task < job[N_TASKS]:
-            first, last = share_of(task, n_groups, least, n_threads)
-            row, stop = first * ROWS, min(last * ROWS, n_rows)
+            row, stop = read(starts + 8 * task) * ROWS, min(read(starts + 8 * task + 8) * ROWS, n_rows)
             while row < stop:
                 several, token = row + ROWS <= stop, 0
                 w = weight + row * dim * row_bytes
@@ -226,9 +225,10 @@ def product_job(weight: torch.Tensor, x: int, y: tuple[int, int], n_tokens: int,
     """
     n_rows, dim = weight.shape
     least = max(1, TASK_BYTES // (dim * weight.itemsize * ROWS))
-    arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, least, n_threads)
+    starts = starts_of_shares(-(-n_rows // ROWS), least, n_threads)
+    arguments = (weight.data_ptr(), x, *y, dim, n_rows, n_tokens, ctypes.addressof(starts))
     compiled = kernel(_product_kernel, NUMBERS[weight.dtype], width_of(dim))
-    return Job(compiled, n_shares(-(-n_rows // ROWS), least, n_threads), arguments)
+    return Job(compiled, len(starts) - 1, arguments)
 
 
 def embedding_job(

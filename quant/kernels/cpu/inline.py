@@ -54,5 +54,5 @@ def _take_task(typing: Any, job: Any) -> Any:
 take_task: Any = _take_task
 """An intrinsic's first parameter is numba's own, which is not known to a type checker."""
 
-njit: Any = numba.njit(error_model="numpy", forceinline=True)
-"""For functions in kernels, which can raise nothing, nor when they divide: else their object code is not kept."""
+njit: Any = numba.njit
+"""Nor are its decorators."""

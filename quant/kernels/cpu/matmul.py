@@ -10,6 +10,7 @@ the products with them, of 127 / max, of the integer, and of one sum for each un
 rounded to that once more.
 """
 
+import ctypes
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from quant.kernels.cpu.layout import ROWS, Interleaved
 from quant.kernels.cpu.machine_code import Code, kernel
 from quant.kernels.cpu.pool import ARGUMENTS, N_TASKS, Job
 from quant.kernels.cpu.rounding import emit_round_unit, x_unit_bytes
-from quant.kernels.cpu.shares import n_shares, share
+from quant.kernels.cpu.shares import starts_of_shares
 from quant.kernels.cpu.tile import CHUNKS, X_HEADER_BYTES, X_STEP_BYTES, Kind, emit_tile
 
 BLOCKS_AT_ONCE = 4
@@ -75,12 +76,12 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
     kind = Kind(chosen(), weight.bits, _SCALES[weight.scale_dtype], weight.asymmetric)
     n_blocks, words = weight.n_blocks, weight.words
     least = max(1, min(BLOCKS_AT_ONCE, n_blocks // (4 * n_threads)))
+    starts = starts_of_shares(n_blocks, least, n_threads)
     arguments = (
         words.data_ptr(),
         words.stride(0) * 4,
         n_blocks,
-        least,
-        n_threads,
+        ctypes.addressof(starts),
         rounded,
         rounded_bytes(weight),
         n_tokens,
@@ -88,7 +89,7 @@ def matmul_job(rounded: int, n_tokens: int, weight: Interleaved, y: int, n_threa
         weight.n_units,
         weight.unit * weight.bits // (8 * CHUNKS * 4),
     )
-    return Job(kernel(_matmul_kernel, kind.name), n_shares(n_blocks, least, n_threads), arguments)
+    return Job(kernel(_matmul_kernel, kind.name), len(starts) - 1, arguments)
 
 
 def _tile_of(token: int, n_tokens: int, most: int) -> tuple[int, int]:
@@ -134,30 +135,29 @@ def _rounding_kernel(bits: int, most: int) -> Code:
 
 def _matmul_kernel(kind: str) -> Code:
     """A task is a share of the weight's blocks of 16 rows, for all tokens: tile by tile, then what is left over."""
-    from quant.kernels.cpu.inline import inlined, njit, take_task
+    from quant.kernels.cpu.inline import inlined, njit, read, take_task
 
-    tile_of, share_of, multiply_tile = njit(_tile_of), njit(share), inlined(emit_tile, n_constants=2)
+    tile_of, multiply_tile = njit(_tile_of), inlined(emit_tile, n_constants=2)
     most = Kind.named(kind).isa.tokens
     half = most // 2
 
     def multiply(job: Any) -> None:
-        weights, block_bytes, n_blocks, least, n_threads = (
+        weights, block_bytes, n_blocks, starts = (
             job[ARGUMENTS],
             job[ARGUMENTS + 1],
             job[ARGUMENTS + 2],
             job[ARGUMENTS + 3],
-            job[ARGUMENTS + 4],
         )
         x, x_stride, n_tokens, y = (
+            job[ARGUMENTS + 4],
             job[ARGUMENTS + 5],
             job[ARGUMENTS + 6],
             job[ARGUMENTS + 7],
-            job[ARGUMENTS + 8],
         )
-        n_units, n_steps, y_stride = job[ARGUMENTS + 9], job[ARGUMENTS + 10], n_blocks * ROWS * 4
+        n_units, n_steps, y_stride = job[ARGUMENTS + 8], job[ARGUMENTS + 9], n_blocks * ROWS * 4
         task = take_task(job)
         while task < job[N_TASKS]:
-            first, stop = share_of(task, n_blocks, least, n_threads)
+            first, stop = read(starts + 8 * task), read(starts + 8 * task + 8)
             while first < stop:
                 token = 0
                 while token < n_tokens:

@@ -6,20 +6,17 @@ the end runs are short, so that no thread waits long for another, even for one t
 (Polychronopoulos and Kuck 1987, "Guided self-scheduling").
 """
 
-
-def share(task: int, n: int, least: int, n_threads: int) -> tuple[int, int]:
-    """The first of n that belongs to a task, and the one behind its last. Compiled into kernels."""
-    start, stop = 0, 0
-    for _ in range(task + 1):
-        start = stop
-        stop = min(n, start + max(least, (n - start) // (2 * n_threads)))
-    return start, stop
+import ctypes
+import functools
 
 
-def n_shares(n: int, least: int, n_threads: int) -> int:
-    """How many tasks there are."""
-    stop, count = 0, 0
-    while stop < n:
-        stop = min(n, stop + max(least, (n - stop) // (2 * n_threads)))
-        count += 1
-    return count
+@functools.cache
+def starts_of_shares(n: int, least: int, n_threads: int) -> "ctypes.Array[ctypes.c_int64]":
+    """Where each task's share of n begins, and last of all n: one more than there are tasks.
+
+    Kernels read it at its address, so it is kept.
+    """
+    starts = [0]
+    while starts[-1] < n:
+        starts.append(min(n, starts[-1] + max(least, (n - starts[-1]) // (2 * n_threads))))
+    return (ctypes.c_int64 * len(starts))(*starts)
